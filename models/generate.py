@@ -1,0 +1,144 @@
+"""Sampling completions: prefill once per prompt, then one token per live sample and step.
+
+No beam search, no repetition penalty: a policy gradient needs samples of the policy itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.cache import KVCache
+from models.processor import Prompt
+from models.qwen_vl import QwenVL
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    temperature 0 is greedy. top_p 1 and top_k 0 are off. stop_ids end a completion and are part of
+    it; suppressed_ids have probability 0, at sampling and in training alike.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
+
+
+def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Image tokens (n, hidden) of all prompts in order; each distinct image is encoded once.
+
+    None where no prompt has an image.
+    """
+    pixels, grids, place = [], [], {}
+    for prompt in prompts:
+        sizes = prompt.image_grid_thw.prod(1).tolist()
+        for key, grid, patches in zip(
+            prompt.image_keys, prompt.image_grid_thw, prompt.pixel_values.split(sizes), strict=True
+        ):
+            if key not in place:
+                place[key] = len(place)
+                pixels.append(patches)
+                grids.append(grid)
+    if not pixels:
+        return None
+    features = model.encode_images(torch.cat(pixels), torch.stack(grids))
+    keys = [key for prompt in prompts for key in prompt.image_keys]
+    if len(keys) == len(place):
+        return features
+    merged = model.config.vision.spatial_merge_size**2
+    tokens = features.split([int(grid.prod()) // merged for grid in grids])
+    return torch.cat([tokens[place[key]] for key in keys])
+
+
+@torch.no_grad()
+def generate(
+    model: QwenVL, prompts: Sequence[Prompt], group: int, sampling: Sampling, uniforms: Tensor
+) -> tuple[list[list[int]], list[Tensor]]:
+    """`group` completions of each prompt.
+
+    uniforms: (B * group, max_completion_length) float64 in [0, 1): sample b * group + g consumes its
+    row, one number a token, so that a completion depends on its own numbers and nothing else.
+    Returns for each sample, prompt-major, its token ids (a stop token included) and the float32
+    log-probs (nats, at the sampling temperature, over all tokens that are not suppressed) under
+    which they were drawn.
+    """
+    device = model.device
+    count, limit = len(prompts) * group, sampling.max_completion_length
+    cache = KVCache(model.config.num_hidden_layers, group, limit)
+    hidden = model(
+        torch.cat([prompt.input_ids for prompt in prompts]).to(device),
+        torch.cat([prompt.position_ids for prompt in prompts], dim=1).to(device),
+        model.bounds([(len(prompt),) for prompt in prompts]),
+        image_features(model, prompts),
+        cache,
+    )
+    last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).to(device) - 1
+    hidden = hidden[last].repeat_interleave(group, 0)
+
+    position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    position = position.repeat_interleave(group)
+    uniforms = uniforms.to(device)
+    stop = torch.tensor(sampling.stop_ids, device=device, dtype=torch.int64)
+    live = torch.arange(count, device=device)
+    tokens = torch.zeros(count, limit, dtype=torch.int64, device=device)
+    logps = torch.zeros(count, limit, device=device)
+    lengths = torch.full((count,), limit, device=device)
+    for step in range(limit):
+        token, logp = sample(F.linear(hidden, model.head_weight), sampling, uniforms[live, step])
+        tokens[live, step], logps[live, step] = token, logp
+        ended = torch.isin(token, stop)
+        if ended.any():
+            lengths[live[ended]] = step + 1
+            going = (~ended).nonzero().squeeze(1)
+            live, token = live[going], token[going]
+            cache.keep(going)
+        if step + 1 == limit or not len(live):
+            break
+        position_ids = (position[live] + step).expand(3, -1)
+        hidden = model(token, position_ids, None, cache=cache)
+        cache.advance()
+    tokens, lengths = tokens.tolist(), lengths.tolist()
+    return (
+        [row[:length] for row, length in zip(tokens, lengths, strict=True)],
+        [row[:length] for row, length in zip(logps.cpu(), lengths, strict=True)],
+    )
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws one token per row by inverting the cumulative distribution.
+
+    logits: (N, V) of any float dtype; uniform: (N,) float64 in [0, 1), unused when greedy. Returns
+    tokens (N,) int64 and their log-probs (N,) float32 before top-k and top-p, which are the
+    sampler's alone: training does not know them.
+    """
+    logits = logits.float()
+    if sampling.suppressed_ids:
+        suppressed = torch.tensor(sampling.suppressed_ids, device=logits.device)
+        logits = logits.index_fill(1, suppressed, float("-inf"))
+    if sampling.temperature == 0:
+        token = logits.argmax(1)
+        return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)
+    all_logps = (logits / sampling.temperature).log_softmax(1)
+    probs = all_logps.double().exp()
+    if 0 < sampling.top_k < logits.shape[1]:
+        kth = all_logps.topk(sampling.top_k, dim=1).values[:, -1:]
+        probs = probs.masked_fill(all_logps < kth, 0.0)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=1, descending=True)
+        total = ordered.sum(1, keepdim=True)
+        # keep a token while those before it hold less than top_p: the first is always kept
+        before = ordered.cumsum(1) - ordered
+        ordered = ordered.masked_fill(before >= sampling.top_p * total, 0.0)
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    cumulative = probs.cumsum(1)
+    # float64 keeps u * total < total, so a token of probability 0 is never reached
+    target = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return token, all_logps.gather(1, token[:, None]).squeeze(1)

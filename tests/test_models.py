@@ -1,0 +1,431 @@
+"""The hand-written model against transformers, on random weights."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+from transformers.models.qwen2_vl import modeling_qwen2_vl as reference_code
+
+from models.attention import Bounds, attention, choose_implementation
+from models.generate import Sampling, generate, image_features, sample
+from models.load import load_model, published_name, read_weights, save_model
+from models.qwen_vl import mrope_position_ids
+from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
+
+GRIDS = {"none": [], "one": [(4, 6)], "several": [(4, 4), (2, 8), (6, 4)]}
+
+
+def reference_model(model, dtype):
+    """transformers' model with the same weights, loaded through a saved state dict's names."""
+    config = transformers.Qwen2VLConfig(**model.config.to_dict())
+    peer = transformers.Qwen2VLForConditionalGeneration(config).to(dtype).eval()
+    weights = {published_name(name): tensor for name, tensor in peer.state_dict().items()}
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                tensor.copy_(own[name])
+    return peer
+
+
+def reference_inputs(prompt, dtype):
+    ids = prompt.input_ids[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
+    inputs["attention_mask"] = torch.ones_like(ids)
+    if len(prompt.image_grid_thw):
+        inputs["pixel_values"] = prompt.pixel_values.to(dtype)
+        inputs["image_grid_thw"] = prompt.image_grid_thw
+    return inputs
+
+
+def own_hidden(model, prompts):
+    return model(
+        torch.cat([p.input_ids for p in prompts]),
+        torch.cat([p.position_ids for p in prompts], dim=1),
+        model.bounds([(len(p),) for p in prompts]),
+        image_features(model, prompts),
+    )
+
+
+@pytest.fixture
+def exact_reference(monkeypatch):
+    """transformers takes norms and vision rotations in float32 even in a float64 model; not here."""
+
+    def norm(self, x):
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    def rotate(q, k, cos, sin):
+        return reference_code.apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+
+    monkeypatch.setattr(reference_code.Qwen2VLRMSNorm, "forward", norm)
+    monkeypatch.setattr(reference_code, "apply_rotary_pos_emb_vision", rotate)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("images", GRIDS)
+def test_logits_and_gradients_equal_transformers_in_float64(
+    exact_reference, images, kv_heads, tied
+):
+    model = tiny_model(tiny_config(tied, kv_heads))
+    peer = reference_model(model, torch.float64)
+    prompt = tiny_prompt(model.config, GRIDS[images])
+    logits = linear(own_hidden(model, [prompt]), model.head_weight)
+    expected = peer(**reference_inputs(prompt, torch.float64)).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
+
+    torch.manual_seed(1)
+    direction = torch.randn_like(logits)
+    (logits * direction).sum().backward()
+    (expected * direction).sum().backward()
+    gradients = {published_name(n): p.grad for n, p in peer.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if images == "none" and name.startswith("visual."):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-9, rtol=1e-9)
+            assert parameter.grad.abs().max() > 1e-6, f"{name} gets no gradient: a blunt test"
+
+
+@pytest.mark.parametrize("images", GRIDS)
+def test_logits_equal_unchanged_transformers_in_float32(images):
+    model = tiny_model(tiny_config(), torch.float32)
+    peer = reference_model(model, torch.float32)
+    prompt = tiny_prompt(model.config, GRIDS[images])
+    logits = linear(own_hidden(model, [prompt]), model.head_weight)
+    expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_positions_equal_transformers():
+    config = tiny_config()
+    peer = reference_model(tiny_model(config), torch.float64)
+    for grids in GRIDS.values():
+        prompt = tiny_prompt(config, grids)
+        inputs = reference_inputs(prompt, torch.float64)
+        if not grids:
+            continue
+        del inputs["pixel_values"]
+        expected, delta = peer.model.get_rope_index(**inputs)
+        assert torch.equal(prompt.position_ids, expected[:, 0])
+        assert prompt.next_position == len(prompt) + int(delta)
+
+
+def test_positions_refuse_a_wrong_number_of_image_tokens():
+    config = tiny_config()
+    grid = torch.tensor([[1, 4, 4]])
+    with pytest.raises(ValueError, match="fewer"):
+        mrope_position_ids(torch.tensor([1, IMAGE, IMAGE]), grid, config)
+    with pytest.raises(ValueError, match="more"):
+        mrope_position_ids(torch.tensor([1] + [IMAGE] * 5), grid, config)
+
+
+def test_packed_prompts_do_not_see_each_other():
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    together = own_hidden(model, prompts).split([len(p) for p in prompts])
+    for prompt, hidden in zip(prompts, together, strict=True):
+        torch.testing.assert_close(hidden, own_hidden(model, [prompt]), atol=1e-12, rtol=1e-12)
+
+
+def test_group_row_equals_separate_sequences():
+    """[prompt | c1 | c2 | c3] in one row gives each completion what prompt + completion gives."""
+    model = tiny_model(tiny_config())
+    prompt = tiny_prompt(model.config, [(4, 4)])
+    completions = [torch.randint(0, 56, (n,)) for n in (1, 7, 4)]
+    lengths = [len(prompt), *(len(c) for c in completions)]
+    steps = torch.cat([torch.arange(len(c)) for c in completions]) + prompt.next_position
+    packed = model(
+        torch.cat([prompt.input_ids, *completions]),
+        torch.cat([prompt.position_ids, steps.expand(3, -1)], dim=1),
+        model.bounds([tuple(lengths)]),
+        image_features(model, [prompt]),
+    ).split(lengths)
+    for completion, hidden in zip(completions, packed[1:], strict=True):
+        steps = torch.arange(len(completion)) + prompt.next_position
+        alone = model(
+            torch.cat([prompt.input_ids, completion]),
+            torch.cat([prompt.position_ids, steps.expand(3, -1)], dim=1),
+            model.bounds([(len(prompt) + len(completion),)]),
+            image_features(model, [prompt]),
+        )
+        torch.testing.assert_close(hidden, alone[len(prompt) :], atol=1e-12, rtol=1e-12)
+
+
+def varlen_reference(q, k, v, bounds):
+    """What a variable-length kernel computes from `bounds.varlen`, sequence by sequence."""
+    key_index, cu_q, cu_k, max_q, max_k = bounds.varlen
+    if key_index is not None:
+        k, v = k[key_index], v[key_index]
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = []
+    for i in range(len(cu_q) - 1):
+        qi, ki, vi = q[cu_q[i] : cu_q[i + 1]], k[cu_k[i] : cu_k[i + 1]], v[cu_k[i] : cu_k[i + 1]]
+        assert len(qi) <= max_q and len(ki) <= max_k
+        scores = torch.einsum("qhd,khd->hqk", qi, ki) / qi.shape[-1] ** 0.5
+        if bounds.causal:  # aligned to the end
+            hidden = torch.ones(len(qi), len(ki)).triu(1 + len(ki) - len(qi)).bool()
+            scores = scores.masked_fill(hidden, float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize(
+    "rows, causal",
+    [([(5, 3, 1, 4), (2,), (4, 6)], True), ([(5,), (1,), (7,)], True), ([(6,), (4,)], False)],
+)
+def test_masked_and_gathered_attention_agree(rows, causal):
+    total = sum(map(sum, rows))
+    torch.manual_seed(0)
+    q = torch.randn(total, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, total, 2, 8, dtype=torch.float64)
+    bounds = Bounds(tuple(rows), torch.device("cpu"), causal)
+    torch.testing.assert_close(attention(q, k, v, bounds), varlen_reference(q, k, v, bounds))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [[(50, 30, 1, 4), (20,)], [(33,), (64,)]])
+def test_flash_attention_agrees_with_sdpa_on_cuda(rows):
+    total = sum(map(sum, rows))
+    q = torch.randn(total, 4, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, total, 2, 64, device="cuda", dtype=torch.bfloat16)
+    flash = Bounds(tuple(rows), q.device, implementation="flash_attention_2")
+    exact = attention(q.double(), k.double(), v.double(), Bounds(tuple(rows), q.device))
+    error = (attention(q, k, v, flash).double() - exact).norm() / exact.norm()
+    assert error < 1e-2
+
+
+def test_flash_attention_is_refused_where_it_cannot_run():
+    assert choose_implementation("auto", torch.device("cpu"), torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="CUDA"):
+        choose_implementation("flash_attention_2", torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ValueError, match="auto"):
+        choose_implementation("eager", torch.device("cpu"), torch.float32)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for enabled in (False, True):
+        model = tiny_model(tiny_config())
+        model.model.gradient_checkpointing = model.visual.gradient_checkpointing = enabled
+        own_hidden(model, [tiny_prompt(model.config, [(4, 4)])]).pow(2).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+
+
+def greedy(length, **options):
+    return Sampling(length, temperature=0, **options)
+
+
+def test_cached_decoding_equals_the_full_forward():
+    """Prompts of different lengths, samples that stop at different times."""
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling = Sampling(12, stop_ids=(3, 7, 11, 20, 31), suppressed_ids=(IMAGE, 57, 58, 60))
+    uniforms = torch.rand(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    completions, logps = generate(model, prompts, 3, sampling, uniforms)
+    lengths = {len(c) for c in completions}
+    assert len(lengths) > 3, f"all samples end alike {lengths}: a blunt test"
+    for i, (completion, logp) in enumerate(zip(completions, logps, strict=True)):
+        prompt = prompts[i // 3]
+        assert not set(completion[:-1]) & set(sampling.stop_ids)
+        steps = torch.arange(len(completion)) + prompt.next_position
+        hidden = model(
+            torch.cat([prompt.input_ids, torch.tensor(completion)]),
+            torch.cat([prompt.position_ids, steps.expand(3, -1)], dim=1),
+            model.bounds([(len(prompt) + len(completion),)]),
+            image_features(model, [prompt]),
+        )[len(prompt) - 1 : -1]
+        logits = linear(hidden, model.head_weight)
+        logits[:, list(sampling.suppressed_ids)] = float("-inf")
+        expected = logits.log_softmax(-1)[range(len(completion)), completion]
+        torch.testing.assert_close(logp.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_greedy_text_equals_transformers_generate():
+    model = tiny_model(tiny_config(), torch.float32, scale=6)
+    peer = reference_model(model, torch.float32)
+    stop = (7, 11)
+    for seed, grids in enumerate([*GRIDS.values()] * 2):
+        prompt = tiny_prompt(model.config, grids, seed=seed)
+        (own,), _ = generate(model, [prompt], 1, greedy(24, stop_ids=stop), torch.zeros(1, 24))
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(stop)}
+        out = peer.generate(**reference_inputs(prompt, torch.float32), pad_token_id=0, **options)
+        assert own == out[0, len(prompt) :].tolist()
+
+
+def test_samples_do_not_depend_on_the_company_they_are_drawn_in():
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling = Sampling(10, stop_ids=(3, 7))
+    uniforms = torch.rand(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together, _ = generate(model, prompts, 2, sampling, uniforms)
+    for i, prompt in enumerate(prompts):
+        alone, _ = generate(model, [prompt], 2, sampling, uniforms[2 * i : 2 * i + 2])
+        assert alone == together[2 * i : 2 * i + 2]
+
+
+def test_sampler_draws_from_the_softmax():
+    """Chi-square of 40,000 draws, with temperature, top-k, top-p and suppression."""
+    from scipy.stats import chisquare
+
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(12)
+    logits[4] = 5.0  # suppressed, however likely
+    count = 40_000
+    uniform = torch.rand(count, dtype=torch.float64)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "top_p": 0.9}):
+        sampling = Sampling(1, temperature=1.3, suppressed_ids=(4,), **options)
+        tokens, logps = sample(logits.expand(count, -1), sampling, uniform)
+        full = logits.clone()
+        full[4] = float("-inf")
+        full = (full / 1.3).softmax(0)
+        torch.testing.assert_close(logps, full.log()[tokens])
+        probs = full.clone()
+        if "top_k" in options:
+            probs[probs < probs.topk(options["top_k"]).values[-1]] = 0
+        if "top_p" in options:
+            order = probs.argsort(descending=True)
+            held, kept = 0.0, []
+            for token in order.tolist():
+                if held < options["top_p"] * probs.sum():
+                    kept.append(token)
+                held += float(probs[token])
+            probs[[t for t in range(12) if t not in kept]] = 0
+        counts = torch.bincount(tokens, minlength=12)
+        assert not counts[probs == 0].any()
+        expected = probs.double()[probs > 0]
+        expected *= count / expected.sum()
+        assert chisquare(counts[probs > 0], expected).pvalue > 1e-3
+
+
+def test_sampler_survives_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    for uniform, expected in ((torch.zeros(1, dtype=torch.float64), 1), (last, 2)):
+        assert sample(logits, Sampling(1), uniform)[0].item() == expected
+
+
+def test_the_same_image_is_encoded_once(monkeypatch):
+    model = tiny_model(tiny_config())
+    a, b = tiny_prompt(model.config, [(4, 4)], seed=0), tiny_prompt(model.config, [(4, 6)], seed=1)
+    seen = []
+    original = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda p, g: seen.append(len(g)) or original(p, g))
+    features = image_features(model, [a, b, a])
+    assert seen == [2]
+    single = [image_features(model, [p]) for p in (a, b, a)]
+    torch.testing.assert_close(features, torch.cat(single), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, tied, dtype):
+    model = tiny_model(tiny_config(tied), torch.float32).to(dtype)
+    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, dtype)
+    assert set(load_file(tmp_path / "model.safetensors")) == {
+        n for n, _ in model.named_parameters()
+    }
+    again = load_model(tmp_path, dtype, "cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    peer, info = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=dtype
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, parameter in peer.named_parameters():
+        name = published_name(name)
+        if name != "lm_head.weight" or not tied:
+            assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_checkpoints_that_transformers_writes_are_read(tmp_path):
+    model = tiny_model(tiny_config(tied=False), torch.float32)
+    reference_model(model, torch.float32).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert "text_config" in json.loads((tmp_path / "config.json").read_text())
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    again = load_model(tmp_path, torch.float32, "cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    # and the newer names, in one file of another dtype
+    names = {}
+    for name, tensor in read_weights(tmp_path):
+        name = published_name(name)
+        newer = "model." + name if name.startswith("visual.") else name
+        newer = newer.replace("model.", "model.language_model.", 1) if newer == name else newer
+        names["lm_head.weight" if name.startswith("lm_head") else newer] = tensor.half()
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    save_file(names, tmp_path / "model.safetensors")
+    assert any(n.startswith("model.language_model.layers") for n in names)
+    again = load_model(tmp_path, torch.float32, "cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.half().float(), again.get_parameter(name))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_model(tiny_config(), torch.float32)
+    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, torch.float32)
+    return tmp_path
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop("model.norm.weight"), "model.norm.weight: missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "extra: unexpected"),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"shape \(3,\)"),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(48).long()}), "int64"),
+    ],
+)
+def test_loading_is_strict(saved, change, message):
+    edit_weights(saved, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(saved, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llava"}, "llava.*qwen2_vl"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 2]}}, "mrope_section"),
+    ],
+)
+def test_other_models_are_refused_by_name(saved, change, message):
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(saved, torch.float32, "cpu")
+
+
+def test_damaged_and_absent_files_are_named(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        load_model(saved, torch.float32, "cpu")
+    path.rename(saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle"):
+        load_model(saved, torch.float32, "cpu")
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model-00001-of-00002"):
+        load_model(saved, torch.float32, "cpu")
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_model(saved, torch.float32, "cpu")

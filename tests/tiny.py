@@ -1,0 +1,78 @@
+"""Tiny random models and prompts that several test files use."""
+
+import torch
+
+from models.config import QwenVLConfig, parse_config
+from models.processor import Prompt
+from models.qwen_vl import QwenVL, mrope_position_ids
+
+IMAGE = 59
+
+
+def tiny_config(tied: bool = True, kv_heads: int = 2, vocab: int = 64) -> QwenVLConfig:
+    raw = {
+        "model_type": "qwen2_vl",
+        "vocab_size": vocab,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": 56,
+        "image_token_id": IMAGE,
+        "video_token_id": 60,
+        "vision_start_token_id": 57,
+        "vision_end_token_id": 58,
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 48,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "in_chans": 3,
+            "patch_size": 4,
+        },
+    }
+    return parse_config(raw, "tiny")
+
+
+def tiny_model(
+    config: QwenVLConfig, dtype=torch.float64, seed: int = 0, scale: float = 4
+) -> QwenVL:
+    """Random weights, `scale` times larger than at the start of a training, so that they matter."""
+    torch.manual_seed(seed)
+    model = QwenVL(config).to(dtype).initialize()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(scale)
+    return model
+
+
+def tiny_prompt(
+    config: QwenVLConfig, grids: list[tuple[int, int]], text: int = 5, seed: int = 0
+) -> Prompt:
+    """Text, then for each grid (rows, columns of patches) an image and more text."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> torch.Tensor:
+        return torch.randint(0, 56, (count,), generator=generator)
+
+    parts = [words(text)]
+    for h, w in grids:
+        image = torch.full((h * w // 4,), IMAGE)
+        parts += [torch.tensor([57]), image, torch.tensor([58]), words(text)]
+    ids = torch.cat(parts)
+    grid = torch.tensor([(1, h, w) for h, w in grids], dtype=torch.int64).reshape(-1, 3)
+    patches = int(grid.prod(1).sum())
+    pixels = torch.randn(patches, config.vision.patch_dim, generator=generator)
+    position_ids, following = mrope_position_ids(ids, grid, config)
+    keys = tuple(f"{seed}/{i}" for i in range(len(grids)))
+    return Prompt(ids, position_ids, following, pixels, grid, keys)
