@@ -49,7 +49,7 @@ class Bounds:
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """For each row the (L, L) bool mask, True where a query sees a key; None for a plain row."""
+        """Each row's (L, L) bool mask, True where a query sees a key; None for a plain row."""
         masks = []
         for prompt, *completions in self.rows:
             if not completions:

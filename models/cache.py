@@ -62,7 +62,7 @@ class KVCache:
         own_v[:, :, self.length] = v
         own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
         samples, heads, dim = q.shape
-        prompts, kv_heads = prompt_k.shape[:2]
+        kv_heads = prompt_k.shape[1]
         repeat = heads // kv_heads
         q = q.view(samples, kv_heads, repeat, dim) * dim**-0.5
 

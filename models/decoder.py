@@ -1,5 +1,7 @@
 """The language model's layers over packed tokens: no padding, no batch dimension."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,11 +36,8 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if cache is None:
-            out = attention(q, k, v, bounds)
-        else:
-            out = cache.attend(layer, q, k, v, bounds)
-        return self.o_proj(out.flatten(1))
+        attend = attention if cache is None else partial(cache.attend, layer)
+        return self.o_proj(attend(q, k, v, bounds).flatten(1))
 
 
 class DecoderLayer(nn.Module):

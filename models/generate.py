@@ -14,6 +14,8 @@ from models.cache import KVCache
 from models.processor import Prompt
 from models.qwen_vl import QwenVL
 
+NEVER = float("-inf")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,7 +65,7 @@ def generate(
 ) -> tuple[list[list[int]], list[Tensor]]:
     """`group` completions of each prompt.
 
-    uniforms: (B * group, max_completion_length) float64 in [0, 1): sample b * group + g consumes its
+    uniforms: (B * group, max_completion_length) float64 in [0, 1): sample b * group + g uses up its
     row, one number a token, so that a completion depends on its own numbers and nothing else.
     Returns for each sample, prompt-major, its token ids (a stop token included) and the float32
     log-probs (nats, at the sampling temperature, over all tokens that are not suppressed) under
@@ -86,12 +88,14 @@ def generate(
     position = position.repeat_interleave(group)
     uniforms = uniforms.to(device)
     stop = torch.tensor(sampling.stop_ids, device=device, dtype=torch.int64)
+    suppressed = torch.tensor(sampling.suppressed_ids, device=device, dtype=torch.int64)
     live = torch.arange(count, device=device)
     tokens = torch.zeros(count, limit, dtype=torch.int64, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     for step in range(limit):
-        token, logp = sample(F.linear(hidden, model.head_weight), sampling, uniforms[live, step])
+        logits = F.linear(hidden, model.head_weight).float().index_fill(1, suppressed, NEVER)
+        token, logp = sample(logits, sampling, uniforms[live, step])
         tokens[live, step], logps[live, step] = token, logp
         ended = torch.isin(token, stop)
         if ended.any():
@@ -114,14 +118,10 @@ def generate(
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
-    logits: (N, V) of any float dtype; uniform: (N,) float64 in [0, 1), unused when greedy. Returns
-    tokens (N,) int64 and their log-probs (N,) float32 before top-k and top-p, which are the
-    sampler's alone: training does not know them.
+    logits: (N, V) float32, -inf where a token is suppressed; uniform: (N,) float64 in [0, 1), not
+    used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
+    top-p, which are the sampler's alone: training does not know them.
     """
-    logits = logits.float()
-    if sampling.suppressed_ids:
-        suppressed = torch.tensor(sampling.suppressed_ids, device=logits.device)
-        logits = logits.index_fill(1, suppressed, float("-inf"))
     if sampling.temperature == 0:
         token = logits.argmax(1)
         return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)

@@ -7,12 +7,15 @@ read by pickle. Loading in several ranks at once reads the files once per rank.
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from models.config import read_config
+from models.config import QwenVLConfig, read_config
 from models.qwen_vl import QwenVL
 
 INDEX = "model.safetensors.index.json"
@@ -62,36 +65,61 @@ def load_model(
 
     Reads model.safetensors or the shards of its index; the published names
     (`visual.*`, `model.layers.*`) and the newer (`model.visual.*`, `model.language_model.*`).
-    Weights of any floating dtype. Raises ValueError naming every weight that is missing,
-    unexpected, misshapen or not floating point, and unreadable files.
+    Weights of any floating dtype. Raises ValueError as `check_weights`, and for unreadable files.
     """
     folder = Path(folder)
     config = read_config(folder)
     with torch.device("meta"):
         model = QwenVL(config, implementation)
+    check_weights(folder, model)
     model = model.to(dtype).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_weights(folder):
+        if (parameter := parameters.get(published_name(name))) is not None:
+            parameter.data.copy_(tensor)
+    return model
+
+
+def check_checkpoint(folder: Path) -> tuple[QwenVLConfig, int]:
+    """The config of a checkpoint folder and its number of parameters; reads headers only.
+
+    Raises ValueError where config and weights do not agree, as `load_model` would.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = QwenVL(config)
+    check_weights(folder, model)
+    return config, sum(p.numel() for p in model.parameters())
+
+
+def check_weights(folder: Path, model: QwenVL) -> None:
+    """Compares names, shapes and dtypes in the files' headers with the model's; reads no weight.
+
+    Raises ValueError naming every weight that is missing, unexpected, misshapen or not floating
+    point (the first ten of them).
+    """
     missing = dict(model.named_parameters())
     faults = []
-    for name, tensor in read_weights(folder):
-        name = published_name(name)
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # some tools write the tied head a second time
-        parameter = missing.pop(name, None)
-        if parameter is None:
-            faults.append(f"{name}: unexpected")
-        elif parameter.shape != tensor.shape:
-            found, wanted = tuple(tensor.shape), tuple(parameter.shape)
-            faults.append(f"{name}: shape {found}, config.json needs {wanted}")
-        elif not tensor.is_floating_point():
-            faults.append(f"{name}: {tensor.dtype} is not a floating dtype")
-        else:
-            parameter.data.copy_(tensor)
+    for path in weight_files(folder):
+        with _open(path) as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                name, header = published_name(key), file.get_slice(key)
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    continue  # some tools write the tied head a second time
+                found = tuple(header.get_shape())
+                parameter = missing.pop(name, None)
+                if parameter is None:
+                    faults.append(f"{name}: unexpected")
+                elif found != tuple(parameter.shape):
+                    wanted = tuple(parameter.shape)
+                    faults.append(f"{name}: shape {found}, config.json needs {wanted}")
+                elif not header.get_dtype().startswith(("F", "BF")):
+                    faults.append(f"{name}: {header.get_dtype()} is not a floating dtype")
     faults += [f"{name}: missing" for name in missing]
     if faults:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(f"{folder}: weights and config.json do not agree:\n  {shown}{more}")
-    return model
 
 
 def published_name(name: str) -> str:
@@ -107,15 +135,20 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises ValueError where files are missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _open(path: Path):
+    """A safetensors file; ValueError names it where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -138,7 +171,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_model(
-    weights: dict[str, Tensor], model: QwenVL, folder: Path, source: Path, dtype: torch.dtype
+    weights: dict[str, Tensor],
+    model: QwenVL,
+    folder: Path,
+    source: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes a checkpoint that transformers loads as it is, in the published layout.
 
@@ -146,7 +183,6 @@ def save_model(
     The tokenizer's and the processors' files are copied from `source` byte for byte.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: w.detach().to("cpu", dtype).contiguous() for k, w in weights.items()}

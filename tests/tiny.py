@@ -44,11 +44,11 @@ def tiny_config(tied: bool = True, kv_heads: int = 2, vocab: int = 64) -> QwenVL
 def tiny_model(
     config: QwenVLConfig, dtype=torch.float64, seed: int = 0, scale: float = 4
 ) -> QwenVL:
-    """Random weights, `scale` times larger than at the start of a training, so that they matter."""
+    """Random weights, `scale` times larger than at a training's start, so that they matter."""
     torch.manual_seed(seed)
     model = QwenVL(config).to(dtype).initialize()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:

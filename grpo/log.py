@@ -1,0 +1,235 @@
+"""The run folder's files, the phase clock and the trackers.
+
+metrics.jsonl has one object per step, completions.jsonl one per completion; a resumed run drops
+the lines after its checkpoint, so that no step stands twice. docs/metrics.md defines every name.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class RunFolder:
+    """--output_dir. Only the main rank makes one.
+
+    Raises ValueError where the folder cannot be written, or holds a run that is not resumed.
+    """
+
+    def __init__(self, path: Path, config, resumed_step: int | None, report_to: str, name: str):
+        self.path = path
+        metrics = path / "metrics.jsonl"
+        if metrics.exists() and resumed_step is None:
+            raise ValueError(
+                f"--output_dir {path} already holds a run: continue it with "
+                f"--resume_from_checkpoint auto, or name another folder"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for file in (metrics, path / "completions.jsonl"):
+                if resumed_step is not None and file.exists():
+                    _drop_after(file, resumed_step)
+            self._metrics = metrics.open("a")
+            self._completions = (path / "completions.jsonl").open("a")
+        except OSError as error:
+            raise ValueError(f"--output_dir {path}: {error.strerror}") from error
+        self._write_config(config)
+        self._tracker = _tracker(report_to, path, name, dataclasses.asdict(config))
+
+    def _write_config(self, config) -> None:
+        import yaml
+
+        values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+        (self.path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def write(
+        self,
+        metrics: dict,
+        records: list[list[dict]],
+        advantages: Tensor | None,
+        report: bool,
+    ) -> None:
+        """One step: its metrics (to the tracker too if `report`) and its completions.
+
+        records, advantages: (B, G), a record per completion; no record where nothing was sampled.
+        """
+        for prompt, row in enumerate(records):
+            for sample, record in enumerate(row):
+                place = {"step": metrics["step"], "prompt": prompt, "sample": sample}
+                record = place | record | {"advantage": float(advantages[prompt, sample])}
+                self._completions.write(json.dumps(record) + "\n")
+        self._completions.flush()
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        if report:
+            self._tracker(metrics)
+
+    def write_answers(self, step: int, records: list[dict]) -> None:
+        """The held-out answers of one evaluation, to eval-<step>.jsonl; nothing where none was."""
+        if records:
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            (self.path / f"eval-{step}.jsonl").write_text(text)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._completions.close()
+        self._tracker(None)
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to `step`; a line cut by a kill goes with the rest."""
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except json.JSONDecodeError:
+            break
+        kept.append(line)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, file)
+
+
+def _tracker(report_to: str, path: Path, name: str, config: dict):
+    """f(metrics) that sends them on; f(None) ends it. ValueError where the package is missing."""
+    if report_to == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--report_to tensorboard: pip install tensorboard") from error
+        writer = SummaryWriter(str(path / "tensorboard" / name))
+
+        def tensorboard(metrics: dict | None) -> None:
+            if metrics is None:
+                return writer.close()
+            for key, value in metrics.items():
+                if key != "step" and value is not None:
+                    writer.add_scalar(key, value, metrics["step"])
+
+        return tensorboard
+    if report_to == "wandb":
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("--report_to wandb: pip install wandb") from error
+        run = wandb.init(name=name, dir=str(path), config=config)
+
+        def weights_and_biases(metrics: dict | None) -> None:
+            if metrics is None:
+                run.finish()
+            else:
+                run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+        return weights_and_biases
+    return lambda metrics: None
+
+
+class Phases:
+    """Seconds and peak memory of each named phase of one step.
+
+    On CUDA the peak is of the memory that torch allocated during the phase; on a CPU it is the
+    process's largest resident size so far, which never falls.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.metrics: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        seconds = self.metrics.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else resident_gb()
+        self.metrics[f"time/{name}_s"] = seconds
+        self.metrics[f"memory/{name}_gb"] = max(peak, self.metrics.get(f"memory/{name}_gb", 0.0))
+
+
+def resident_gb() -> float:
+    """The process's largest resident size so far, in GB (1e9 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def rollout_metrics(records: list[list[dict]], num_tokens: int) -> dict[str, float]:
+    """What one step's completions say, under TRL's names.
+
+    records: a row of G per prompt, over all ranks, each with "reward", "rewards", "tokens" and
+    "truncated". num_tokens: completion tokens of all steps before.
+    """
+
+    def table(value) -> Tensor:
+        return torch.tensor([[value(r) for r in row] for row in records], dtype=torch.float64)
+
+    rewards = table(lambda r: r["reward"])
+    lengths = table(lambda r: r["tokens"])
+    metrics = {
+        "num_tokens": num_tokens + int(lengths.sum()),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/clipped_ratio": table(lambda r: r["truncated"]).mean().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(1).mean().item(),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).double().mean().item(),
+    }
+    for name in records[0][0]["rewards"]:
+        values = table(lambda r, name=name: r["rewards"][name])
+        metrics[f"rewards/{name}/mean"] = values.mean().item()
+        metrics[f"rewards/{name}/std"] = values.std().item()
+    return metrics
+
+
+class Progress:
+    """The terminal: a bar on stderr, lines on stdout; silent on every rank but the main one."""
+
+    def __init__(self, is_main: bool):
+        self.is_main = is_main
+        self.bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    def start(self, steps: int, done: int) -> None:
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not self.is_main)
+
+    def step(self, metrics: dict, headline: str, as_line: bool) -> None:
+        """Moves the bar on; `headline` is the metric shown beside the reward."""
+        short = headline.split("/")[1]
+        shown = {"reward": metrics["reward"], short: metrics[headline]}
+        self.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items()}, refresh=False)
+        self.bar.update()
+        if as_line:
+            cells = {**shown, "kl": metrics.get("kl"), "entropy": metrics["entropy"]}
+            cells["length"] = metrics["completions/mean_length"]
+            text = "  ".join(f"{k} {v:.3f}" for k, v in cells.items() if v is not None)
+            self.say(f"step {metrics['step']:>5}  {text}  {metrics['step_time']:.2f} s")
+        held_out = {k[5:]: v for k, v in metrics.items() if k.startswith("eval/")}
+        if held_out:
+            text = "  ".join(f"{k} {v:.3f}" for k, v in held_out.items())
+            self.say(f"step {metrics['step']:>5}  held out: {text}")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def comparison(before: dict[str, float], after: dict[str, float]) -> str:
+    """The closing table of held-out results, before -> after."""
+    lines = [f"{'held out':<16}{'before':>10}{'after':>10}"]
+    for name, value in after.items():
+        old = f"{before[name]:.3f}" if name in before else "-"
+        lines.append(f"{name[5:]:<16}{old:>10}{value:>10.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,256 @@
+"""Chunked log-probs, packing and sampling: one gradient, however the step is cut."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo.logps import pack_logps, token_logps
+from grpo.loss import group_advantages, policy_loss, token_weights
+from grpo.rollout import make_packs, sample_groups, uniform_numbers
+from models.generate import Sampling, image_features
+from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
+
+SUPPRESSED = (IMAGE, 57, 58, 60, 61, 62, 63)
+STOP = (3, 7, 11, 15, 20, 25, 31, 36, 40, 44)
+SAMPLING = Sampling(9, temperature=1.2, stop_ids=STOP, suppressed_ids=SUPPRESSED)
+PROMPTS = [[(4, 4)], [], [(2, 8), (6, 4)], [(4, 6)]]
+
+
+def dense_logps(hidden, weight, targets, temperature, suppressed=()):
+    logits = hidden @ weight.T / temperature
+    logits[:, list(suppressed)] = float("-inf")
+    logps = logits.log_softmax(1)
+    entropy = -(logps.exp() * logps.masked_fill(logps.isinf(), 0)).sum(1)
+    return logps.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("suppressed", [(), (0, 5, 6)])
+def test_chunked_equals_dense_in_float64(chunk, suppressed):
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(7, 20, (11,))
+    direction = torch.randn(11, dtype=torch.float64)
+    ids = torch.tensor(suppressed, dtype=torch.int64)
+    results = []
+    for function, extra in ((dense_logps, (suppressed,)), (token_logps, (ids, chunk))):
+        logps, entropy = function(hidden, weight, targets, 1.3, *extra)
+        gradients = torch.autograd.grad(logps @ direction, (hidden, weight))
+        results.append((logps, entropy, *gradients))
+    for dense, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, dense, atol=1e-12, rtol=1e-12)
+    assert not results[1][1].requires_grad, "entropy is reported, not optimized"
+
+
+def test_gradients_where_only_one_side_is_trained():
+    hidden = torch.randn(5, 4, dtype=torch.float64)
+    weight = torch.randn(9, 4, dtype=torch.float64)
+    targets = torch.tensor([0, 1, 2, 3, 8])
+    for i in range(2):
+        inputs = [hidden.clone(), weight.clone()]
+        inputs[i].requires_grad_()
+        chunked = torch.autograd.grad(token_logps(*inputs, targets, chunk=2)[0].sum(), inputs[i])
+        dense = torch.autograd.grad(dense_logps(*inputs, targets, 1.0)[0].sum(), inputs[i])
+        torch.testing.assert_close(chunked, dense)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made():
+    tokens, vocabulary, chunk = 300, 5000, 16
+    hidden = torch.randn(tokens, 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    with LargestTensor() as largest:
+        token_logps(hidden, weight, torch.arange(tokens), chunk=chunk)[0].sum().backward()
+    assert largest.numel == chunk * vocabulary
+    with LargestTensor() as largest:
+        dense_logps(hidden, weight, torch.arange(tokens), 1.0)[0].sum().backward()
+    assert largest.numel == tokens * vocabulary, "the watch sees nothing: a blunt test"
+
+
+def rollout(model, group=4, seed=0):
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
+    return sample_groups(model, prompts, group, SAMPLING, seed, 1, range(len(prompts)))
+
+
+def table(groups):
+    torch.manual_seed(5)
+    lengths = torch.tensor([[len(c) for c in g.completion_ids] for g in groups])
+    return lengths, group_advantages(torch.rand(lengths.shape, dtype=torch.float64))
+
+
+def packed_gradient(model, groups, tokens_per_pack, reference=None):
+    """One step's loss and gradient, as train_cls.py forms it."""
+    model.zero_grad()
+    lengths, advantages = table(groups)
+    weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
+    suppressed, total = torch.tensor(SUPPRESSED), 0.0
+    packs = make_packs(groups, tokens_per_pack)
+    for pack in packs:
+        logps, _ = pack_logps(model, pack, SAMPLING.temperature, suppressed, chunk=7)
+        ref = None
+        if reference is not None:
+            with torch.no_grad():
+                ref, _ = pack_logps(reference, pack, SAMPLING.temperature, suppressed)
+        loss, _ = policy_loss(
+            logps,
+            None,
+            pack.per_token(advantages),
+            pack.per_token(weights),
+            ref_logps=ref,
+            beta=0.1 if reference is not None else 0.0,
+        )
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters()}, len(packs)
+
+
+def naive_gradient(model, groups, reference):
+    """G copies of each prompt and its images, dense logits, one sequence at a time."""
+    model.zero_grad()
+    lengths, advantages = table(groups)
+    total = 0.0
+    for g, group in enumerate(groups):
+        for i, completion in enumerate(group.completion_ids):
+            ids = torch.cat([group.prompt.input_ids, torch.tensor(completion)])
+            steps = torch.arange(len(completion)) + group.prompt.next_position
+            positions = torch.cat([group.prompt.position_ids, steps.expand(3, -1)], dim=1)
+            per_token = []
+            for m in (model, reference):
+                features = image_features(m, [group.prompt])
+                hidden = m(ids, positions, m.bounds([(len(ids),)]), features)
+                hidden = hidden[len(group.prompt) - 1 : -1]
+                targets = torch.tensor(completion)
+                per_token.append(
+                    dense_logps(hidden, m.head_weight, targets, SAMPLING.temperature, SUPPRESSED)[0]
+                )
+            logps, ref = per_token[0], per_token[1].detach()
+            ratio = (logps - logps.detach()).exp()
+            kl = (ref - logps).exp() - (ref - logps) - 1
+            loss = (-(ratio * advantages[g, i]) + 0.1 * kl).sum() / lengths.sum()
+            loss.backward()
+            total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_packed_gradient_is_the_naive_one(tied):
+    """Several groups, images of different sizes and none, completions of length 1 to the limit."""
+    model = tiny_model(tiny_config(tied))
+    reference = tiny_model(tiny_config(tied), seed=1)
+    groups = rollout(model)
+    lengths = {len(c) for g in groups for c in g.completion_ids}
+    assert {1, SAMPLING.max_completion_length} <= lengths, f"{lengths}: a blunt test"
+    expected_loss, expected = naive_gradient(model, groups, reference)
+    loss, gradient, _ = packed_gradient(model, groups, 10_000, reference)
+    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, atol=1e-10, rtol=1e-10)
+        assert value.abs().max() > 0
+
+
+def test_any_split_into_packs_gives_the_same_gradient():
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    whole_loss, whole, packs = packed_gradient(model, groups, 10_000)
+    assert packs == 1
+    counts = []
+    for tokens_per_pack in (150, 60, 40, 1):
+        loss, gradient, packs = packed_gradient(model, groups, tokens_per_pack)
+        counts.append(packs)
+        assert loss == pytest.approx(whole_loss, abs=1e-12)
+        for name, value in whole.items():
+            torch.testing.assert_close(gradient[name], value, atol=1e-11, rtol=1e-9)
+    assert counts == sorted(counts) and counts[0] > 1 and counts[-1] == 16
+
+
+@pytest.mark.parametrize("tokens_per_pack", [10_000, 60, 1])
+def test_packs_hold_every_completion_once_and_keep_to_the_limit(tokens_per_pack):
+    groups = rollout(tiny_model(tiny_config()))
+    packs = make_packs(groups, tokens_per_pack)
+    held = [place for pack in packs for place in pack.completions]
+    assert held == [(g, i) for g in range(len(groups)) for i in range(4)]
+    for pack in packs:
+        assert len(pack.input_ids) <= tokens_per_pack or len(pack.completions) == 1
+        assert pack.input_ids[pack.predicts + 1].shape == pack.targets.shape
+        expected = [t for g, i in pack.completions for t in groups[g].completion_ids[i]]
+        assert pack.targets.tolist() == expected
+
+
+def test_sampled_log_probs_equal_training_log_probs():
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    suppressed = torch.tensor(SUPPRESSED)
+    for pack in make_packs(groups, 80):
+        logps, _ = pack_logps(model, pack, SAMPLING.temperature, suppressed)
+        drawn = pack.sampling_logps(groups)
+        torch.testing.assert_close(logps.float(), drawn, atol=1e-5, rtol=1e-5)
+
+
+def test_suppressed_tokens_are_never_sampled_and_stop_tokens_end():
+    model = tiny_model(tiny_config())
+    with torch.no_grad():  # make the image token by far the likeliest
+        model.model.embed_tokens.weight[IMAGE] = 50 * model.model.norm.weight
+    groups = rollout(model, group=16)
+    for group in groups:
+        for completion, truncated in zip(group.completion_ids, group.truncated, strict=True):
+            assert not set(completion) & set(SUPPRESSED)
+            assert not set(completion[:-1]) & set(SAMPLING.stop_ids)
+            assert truncated == (completion[-1] not in SAMPLING.stop_ids)
+            assert len(completion) == SAMPLING.max_completion_length or not truncated
+
+
+def test_the_stop_token_is_trained():
+    """Its log-prob rises after a step on a completion that is rewarded for ending."""
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    g, i = next(
+        (g, i) for g, group in enumerate(groups) for i, cut in enumerate(group.truncated) if not cut
+    )
+    suppressed = torch.tensor(SUPPRESSED)
+    chosen = [make_packs(groups, 1)[4 * g + i]]
+    logps, _ = pack_logps(model, chosen[0], 1.0, suppressed)
+    assert chosen[0].targets[-1].item() in SAMPLING.stop_ids
+    advantages = torch.zeros_like(logps)
+    advantages[-1] = 1.0
+    policy_loss(logps, None, advantages, torch.ones_like(logps))[0].backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-4 * parameter.grad
+    assert pack_logps(model, chosen[0], 1.0, suppressed)[0][-1] > logps[-1]
+
+
+def test_random_numbers_depend_on_their_four_names_alone():
+    names = [(s, t, p, g) for s in (0, 1) for t in (1, 2) for p in (0, 1) for g in (0, 1)]
+    rows = [uniform_numbers(*name, 50) for name in names]
+    assert len({tuple(row.tolist()) for row in rows}) == len(names)
+    assert torch.equal(uniform_numbers(0, 1, 0, 1, 20), uniform_numbers(0, 1, 0, 1, 50)[:20])
+    assert all(((row >= 0) & (row < 1)).all() for row in rows)
+
+
+def test_groups_do_not_depend_on_which_prompts_share_a_rank():
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
+    whole = sample_groups(model, prompts, 3, SAMPLING, 0, 1, range(4))
+    shared = [
+        sample_groups(model, prompts[rank::2], 3, SAMPLING, 0, 1, range(4)[rank::2])
+        for rank in range(2)
+    ]
+    for place, group in enumerate(whole):
+        assert group.completion_ids == shared[place % 2][place // 2].completion_ids
+    assert sample_groups(model, [], 3, SAMPLING, 0, 1, []) == []
