@@ -197,5 +197,5 @@ def save_model(
     config = model.config.to_dict(str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in PROCESSOR_FILES:
-        if (Path(source) / name).is_file():
+        if Path(source) != folder and (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
