@@ -1,143 +1,79 @@
-"""Any image a data set may hold, as upright 8-bit RGB.
-
-What Pillow does silently and wrongly for a model is done right here: EXIF orientation is applied,
-transparent pixels are composited on white (not left as the colour hidden under them), and 16-bit
-grey is scaled (not clipped at 255). Colour profiles are not applied; of an animation, the first
-frame counts. Nothing here resizes: that is the processor's.
-"""
+"""One image file -> 8-bit RGB as a person would see it, or a reason why not."""
 
 import hashlib
-import io
 import os
 import struct
 import warnings
-import zlib
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor refuses longer ones
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor refuses more
 
-# What Pillow's decoders raise on damaged bytes; found by fuzzing them.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
-
-# Pillow warns from half the size that it refuses. Such an image is large, not wrong. (Once for the
-# process, since warnings.catch_warnings is not safe in the threads that check images.)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Source = bytes | str | os.PathLike
 
 
-class ImageError(ValueError):
-    """An image that cannot be used: `found`, what it is, and `todo`, what to do about it."""
+def open_image(source: Source) -> Image.Image:
+    """A fully decoded 8-bit RGB image from a file or its bytes.
 
-    def __init__(self, source: bytes | str | os.PathLike, found: str, todo: str):
-        where = "" if isinstance(source, bytes) else f"{os.fspath(source)}: "
-        super().__init__(f"{where}{found}; {todo}")
-        self.found, self.todo = found, todo
+    EXIF orientation is applied. Transparency (RGBA, LA, palette) is laid on white; grey, palette,
+    CMYK and 1-bit images become RGB; 16-bit grey is scaled to 8 bits.
 
-
-def open_image(source: bytes | str | os.PathLike) -> Image.Image:
-    """Decodes an image, given as a path or as the bytes of a file.
-
-    Returns an upright 8-bit RGB image, fully decoded; transparency is composited on white.
-
-    Raises ImageError, a ValueError: "missing", "empty (0 bytes)", "not an image Pillow can read",
-    "corrupt or truncated", "decompression bomb: W x H pixels" (over twice Image.MAX_IMAGE_PIXELS,
-    Pillow's own limit), "aspect ratio A is over 200", or pixels that have no meaning in 8 bits.
+    Raises ValueError saying what was found: missing, empty, unreadable, corrupt, a decompression
+    bomb, an aspect ratio over 200, or floating-point pixels.
     """
-    content = _read(source)
+    data = read_bytes(source)
+    if not data:
+        raise ValueError("empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(data))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError("not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
-        raise _bomb(source, content) from error
-    except Image.UnidentifiedImageError as error:
-        found = f"not an image Pillow can read: it starts with {content[:8]!r}"
-        raise ImageError(source, found, "save it as JPEG or PNG") from error
-    except DECODE_ERRORS as error:
-        raise _damaged(source, error) from error
-
-    ratio = max(image.size) / max(1, min(image.size))
+        raise ValueError(f"decompression bomb: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"corrupt or truncated: {error}") from error
+    image = to_rgb(image)
+    ratio = max(image.size) / min(image.size)
     if ratio > MAX_ASPECT_RATIO:
-        found = f"aspect ratio {ratio:g} is over {MAX_ASPECT_RATIO}"
-        raise ImageError(source, f"{found} ({image.width} x {image.height} pixels)", "crop it")
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}: the aspect ratio {ratio:.0f} is over {MAX_ASPECT_RATIO}")
+    return image
 
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise _bomb(source, content) from error
-    except DECODE_ERRORS as error:
-        raise _damaged(source, error) from error
-    if image.mode.startswith("I"):
-        return _scale_16_bit(source, image)
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB. Raises ValueError for floating-point pixels."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f"{image.mode} pixels from {low} to {high}: save it as 8-bit")
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.mode == "F":
-        raise ImageError(source, "pixels are 32-bit floats", "save it as 8-bit RGB")
+        raise ValueError("floating-point pixels: save it as 8-bit")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_bytes(source: Source) -> bytes:
+    """The file's bytes. Raises ValueError where it is missing or unreadable."""
+    if isinstance(source, bytes):
+        return source
     try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except ValueError as error:
-        found = f"mode {image.mode} has no conversion to RGB"
-        raise ImageError(source, found, "save it as 8-bit RGB") from error
-
-
-def content_key(source: bytes | str | os.PathLike) -> str:
-    """sha256, in hexadecimal, of an image file's bytes: equal for equal images.
-
-    Raises ImageError, a ValueError: "missing" or "cannot be read".
-    """
-    return hashlib.sha256(source if isinstance(source, bytes) else _read(source, 0)).hexdigest()
-
-
-def _read(source: bytes | str | os.PathLike, at_least: int = 1) -> bytes:
-    """The bytes of a source. Raises ImageError where there are fewer than `at_least`."""
-    try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError(source, "missing", "restore the file or correct its path") from error
+        return Path(source).read_bytes()
+    except FileNotFoundError:
+        raise ValueError("missing: there is no such file") from None
     except OSError as error:
-        raise ImageError(source, f"cannot be read: {error.strerror}", "check the path") from error
-    except ValueError as error:  # a path with a null character in it
-        raise ImageError(source, f"cannot be read: {error}", "correct the path") from error
-    if len(content) < at_least:
-        raise ImageError(source, "empty (0 bytes)", "restore the file")
-    return content
+        raise ValueError(f"unreadable: {error.strerror}") from error
 
 
-def _damaged(source: bytes | str | os.PathLike, error: Exception) -> ImageError:
-    reason = str(error) or type(error).__name__
-    return ImageError(source, f"corrupt or truncated: {reason}", "restore the file")
-
-
-def _bomb(source: bytes | str | os.PathLike, content: bytes) -> ImageError:
-    """The error for an image over Pillow's limit, which does not itself tell width and height."""
-    size = "of unknown size"
-    for factory, accept in Image.OPEN.values():
-        if accept and accept(content[:16]) is True:
-            try:
-                size = "{} x {} pixels".format(*factory(io.BytesIO(content), "").size)
-                break
-            except (*DECODE_ERRORS, Image.DecompressionBombError):
-                continue
-    return ImageError(source, f"decompression bomb: {size}", "downscale it")
-
-
-def _scale_16_bit(source: bytes | str | os.PathLike, image: Image.Image) -> Image.Image:
-    """Grey 0 to 65535 -> RGB 0 to 255, rounded. A single transparent grey level is not honoured."""
-    image = image.convert("I")
-    low, high = image.getextrema()
-    if low < 0 or high > 65535:
-        found = f"32-bit integer pixels from {low} to {high}, outside 0-65535"
-        raise ImageError(source, found, "save it as 8-bit RGB")
-    image.info.pop("transparency", None)  # in 16-bit units, which mean nothing after scaling
-    return image.point(lambda grey: grey * (1 / 257) + 0.5).convert("L").convert("RGB")
+def content_key(source: Source) -> str:
+    """sha256 of the file's bytes, in hexadecimal: equal where the image is."""
+    return hashlib.sha256(read_bytes(source)).hexdigest()
