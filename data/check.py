@@ -72,10 +72,12 @@ def check_images(
                 faults.append(Fault(example.index, example.where, str(error), todo))
         return sizes, faults
 
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        looked = pool.map(look, examples)
-        looked = list(tqdm(looked, description, len(examples), leave=False, unit="row"))
-    _write_cache(new)
+    try:
+        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+            looked = pool.map(look, examples)
+            looked = list(tqdm(looked, description, len(examples), leave=False, unit="row"))
+    finally:  # an interrupted check is not lost
+        _write_cache(new)
     return [sizes for sizes, _ in looked], [fault for _, faults in looked for fault in faults]
 
 

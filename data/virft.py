@@ -53,9 +53,10 @@ class Rows(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]
         row = self.rows[index]
+        if not isinstance(row, dict):  # a row of an arrow table
+            row = row.to_pylist()[0]
         images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), ())
         images = images if isinstance(images, list | tuple) else (images,)
         images = tuple(self._image(image) for image in images)
@@ -78,7 +79,7 @@ def load(dataset_name: str, split: str) -> Sequence[Example]:
         rows = _demo(dataset_name, split)
     else:
         path = Path(dataset_name).expanduser()
-        rows = _read_local(path, split) if path.exists() else _read_hub(dataset_name, split)
+        rows = _read_local(path, split) if _is_local(path) else _read_hub(dataset_name, split)
     where = f"{dataset_name}, split {split!r}"
     if not len(rows):
         raise ValueError(f"{where}: no rows")
@@ -100,11 +101,23 @@ def splits(dataset_name: str) -> list[str]:
     if dataset_name in DEMOS:
         return list(DEMOS[dataset_name])
     path = Path(dataset_name).expanduser()
-    if path.exists():
+    if _is_local(path):
         return list(_local_files(path))
     import datasets
 
     return _on_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a name means a file or folder and no data set on the hub, which is "owner/name".
+
+    Raises ValueError for what can only be a path and does not exist.
+    """
+    if path.exists():
+        return True
+    if path.is_absolute() or len(path.parts) > 2 or path.suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"--dataset_name {path}: no such file or folder")
+    return False
 
 
 def _demo(dataset_name: str, split: str) -> Rows:
@@ -167,7 +180,13 @@ def _read_local(path: Path, split: str) -> Rows:
         if first.is_dir():
             table = datasets.load_from_disk(str(first))
         else:
-            table = datasets.Dataset.from_parquet([str(file) for file in files[split]])
+            from pyarrow.parquet import read_metadata
+
+            # `datasets` fails on a file without rows
+            filled = [str(file) for file in files[split] if read_metadata(file).num_rows]
+            if not filled:
+                return Rows([], path)
+            table = datasets.Dataset.from_parquet(filled)
     except Exception as error:  # arrow and datasets raise many kinds for a damaged file
         raise ValueError(f"{first}: cannot be read: {type(error).__name__}: {error}") from error
     return Rows(_undecoded(table), path)
@@ -192,16 +211,11 @@ def _on_hub(dataset_name: str, ask):
 
 
 def _undecoded(table):
-    """The table with images left as bytes or paths: they are decoded, and judged, by us."""
-    import datasets
+    """The table with images left as stored, bytes or path: they are decoded, and judged, by us.
 
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        inner = getattr(feature, "feature", None)
-        if isinstance(inner, datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return table
+    (Casting to Image(decode=False) would do too, but writes a list column anew beside the data.)
+    """
+    return table.with_format("arrow")
 
 
 def _read_rows(file: Path) -> list[dict]:

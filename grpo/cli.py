@@ -20,6 +20,7 @@ from pathlib import Path
 
 USER_ERROR, INTERRUPTED = 2, 130
 ROOT = Path(__file__).resolve().parent.parent
+OWN_CODE = ("grpo", "models", "rewards", "data")
 
 
 def flag(default, help: str, **metadata):
@@ -308,7 +309,8 @@ def run(main: Callable[[list[str]], int]) -> None:
         code = main(sys.argv[1:])
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not raised_in.is_relative_to(ROOT) or os.environ.get("GRPO_TRACEBACK"):
+        ours = any(raised_in.is_relative_to(ROOT / name) for name in OWN_CODE)
+        if not ours and raised_in.parent != ROOT or os.environ.get("GRPO_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

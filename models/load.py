@@ -191,6 +191,7 @@ def save_model(
     )
     for name, keys in shards.filename_to_tensors.items():
         save_file({key: weights[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it private, unlike all other files
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

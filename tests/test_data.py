@@ -128,12 +128,36 @@ def test_a_broken_file_is_one_message(tmp_path, name, text, message):
         load(str(tmp_path / name), "train")
 
 
+def test_reading_writes_nothing_beside_the_data(pictures, tmp_path):
+    table = as_hf(pictures, tmp_path / "set")
+    listed = {"images": [[row["image"]] * 2 for row in table], **TEXTS}
+    listed = {k: v if isinstance(v, list) else [v] * 6 for k, v in listed.items()}
+    features = {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
+    features = datasets.Features(features | {"solution": datasets.Value("string")})
+    datasets.Dataset.from_dict(listed, features).save_to_disk(tmp_path / "lists")
+    before = sorted(tmp_path.rglob("*"))
+    examples = load(str(tmp_path / "lists"), "train")
+    assert [len(e.images) for e in examples] == [2] * 6
+    assert open_image(examples[-1].images[1]).tobytes() == picture(5).tobytes()
+    assert not check_images(examples, "images")[1]
+    assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in p.parts] == before
+
+
 def test_missing_sets_and_splits_are_named(tmp_path, pictures, monkeypatch):
     write_json(tmp_path / "set", "train.json", pictures)
     with pytest.raises(ValueError, match="no split 'validation'; there is train"):
         load(str(tmp_path / "set"), "validation")
     with pytest.raises(ValueError, match="no data set here"):
         load(str(tmp_path / "set" / "img"), "train")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load(str(tmp_path / "absent"), "train")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        splits("absent.json")
+    datasets.Dataset.from_dict({k: [] for k in ("image", *TEXTS)}).to_parquet(
+        tmp_path / "none.parquet"
+    )
+    with pytest.raises(ValueError, match="no rows"):
+        load(str(tmp_path / "none.parquet"), "train")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"bad\.parquet: cannot be read"):
         load(str(tmp_path / "bad.parquet"), "train")
