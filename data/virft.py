@@ -8,7 +8,7 @@ Reading finds what is wrong with the set as a whole; data/check.py looks at ever
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -120,6 +120,7 @@ def _is_local(path: Path) -> bool:
     return False
 
 
+@cache
 def _demo(dataset_name: str, split: str) -> Rows:
     counts = DEMOS[dataset_name]
     _need_split(dataset_name, split, list(counts))

@@ -131,9 +131,9 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(cls: type, argv: list[str], demo: Path | None = None):
     """An instance of the dataclass `cls` from flags, over `--config FILE.yaml`, over its defaults.
 
-    A run that is resumed takes its own config.yaml where no --config is named; where neither that
-    nor a model nor a data set is named, `demo` is the YAML file. The second value returned is the
-    YAML file's path, or None.
+    Where neither a YAML file nor a model nor a data set is named, a run that is resumed takes its
+    own config.yaml and any other takes `demo`. The second value returned is the YAML file's path,
+    or None.
 
     Raises ValueError for unknown flags and keys (naming the nearest one), values of the wrong type
     and values that cannot be meant.
@@ -152,15 +152,13 @@ def parse_config(cls: type, argv: list[str], demo: Path | None = None):
         raise ValueError(_unknown(word.split("=")[0], fields, "flag", "--"))
     given = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
     path = Path(known.config) if known.config else None
-    if path is None and "resume_from_checkpoint" in given and "output_dir" in given:
-        saved = Path(given["output_dir"]) / "config.yaml"
-        path = saved if saved.is_file() else None
-    elif (
-        path is None
-        and demo is not None
-        and not {"model_name_or_path", "dataset_name"} & given.keys()
-    ):
+    own = {"model_name_or_path", "dataset_name"} & given.keys()
+    if path is None and not own:
         path = demo
+        if "resume_from_checkpoint" in given:
+            path = Path(given.get("output_dir", "--output_dir")) / "config.yaml"
+            if not path.is_file():
+                raise ValueError(f"--resume_from_checkpoint: no {path}, so no run to continue")
     values = {**_read_yaml(path, fields), **given} if path else given
     config = cls(**values)
     _check(config, fields)
@@ -312,10 +310,18 @@ def run(main: Callable[[list[str]], int]) -> None:
         ours = any(raised_in.is_relative_to(ROOT / name) for name in OWN_CODE)
         if not ours and raised_in.parent != ROOT or os.environ.get("GRPO_TRACEBACK"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
+        # A mistake in flags or data meets every rank alike: one says so. In the loop each speaks.
+        rank, joined = int(os.environ.get("RANK", 0)), "torch" in sys.modules and _joined()
+        if rank == 0 or joined:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR
     sys.exit(code)
+
+
+def _joined() -> bool:
+    import torch.distributed
+
+    return torch.distributed.is_initialized()
 
 
 class StopSignal:

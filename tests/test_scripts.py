@@ -28,12 +28,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = ROOT / "data" / "demo_cls" / "checkpoint"
 SHORT = ["--max_steps", "2", "--prompts_per_step", "2", "--num_generations", "4"]
-SHORT += ["--eval_samples", "6", "--max_completion_length", "30"]
+SHORT += ["--eval_samples", "6", "--max_completion_length", "40"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cache(tmp_path_factory):
+    """Checked images are remembered from test to test, but not beyond."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> list[dict]:
+    """The metrics of a short run with no flag but the size's."""
+    return train(tmp_path_factory.mktemp("plain") / "run", *SHORT)
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def same_signal_handlers():
     handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in handlers:
@@ -145,7 +158,9 @@ def logits_here_and_in_transformers(folder: Path, image, problem: str):
         model.bounds([(len(prompt),)]),
         image_features(model, [prompt]),
     )
-    peer = transformers.Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+    peer = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
     ids = transformers.AutoTokenizer.from_pretrained(folder)(
         processor.chat_text(problem, 1).replace(
             "<|image_pad|>", "<|image_pad|>" * processor.image_tokens(*image.size)
@@ -194,11 +209,11 @@ def test_resuming_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match="already holds a run"):
         train(run, *SHORT)
     again = ["--resume_from_checkpoint", "auto"]
-    with pytest.raises(ValueError, match=r"(?s)--beta: 0.04 then, 0.1 now.*--seed: 0 then, 1 now"):
+    with pytest.raises(ValueError, match=r"--seed: 0 then, 1 now\n  --beta: 0.04 then, 0.1 now"):
         train(run, *again, "--beta", "0.1", "--seed", "1")
     with pytest.raises(ValueError, match=r"no state\.json"):
         train(run, "--resume_from_checkpoint", str(CHECKPOINT))
-    with pytest.raises(ValueError, match="no checkpoint-N"):
+    with pytest.raises(ValueError, match="no run to continue"):
         train(tmp_path / "other", *SHORT, *again)
     assert len(train(run, *again, "--max_steps", "3")) == 4  # a longer run is no other run
 
@@ -226,7 +241,8 @@ VARIANTS = {
     "k1": ["--kl_estimator", "k1", "--loss_type", "grpo"],
     "two updates": ["--num_iterations", "2", "--loss_type", "dr_grpo", "--scale_rewards", "none"],
     "bf16": ["--bf16", "true"],
-    "checkpointing": ["--gradient_checkpointing", "true", "--scale_rewards", "batch"],
+    "checkpointing": ["--gradient_checkpointing", "true"],
+    "batch": ["--scale_rewards", "batch"],
     "sampling": ["--top_k", "20", "--top_p", "0.9", "--temperature", "1.2"],
     "small packs": ["--tokens_per_pack", "1"],
     "tracker": ["--report_to", "tensorboard"],
@@ -235,26 +251,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_flag_does_something(tmp_path, name, monkeypatch):
+def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     loads = []
     monkeypatch.setattr(train_cls, "load_model", lambda *a: loads.append(a) or load_model(*a))
     lines = train(tmp_path / "run", *SHORT, *VARIANTS[name])
     assert len(lines) == 3 and all(line["grad_norm"] >= 0 for line in lines[1:])
-    plain = train(tmp_path / "plain", *SHORT)
-    changed = timeless(lines) != timeless(plain)
-    if name == "no reference":
-        assert len(loads) == 1 + 2 and "kl" not in lines[1]
-    elif name in ("small packs", "checkpointing", "tracker"):
-        for a, b in zip(timeless(lines), timeless(plain), strict=True):
-            assert (
-                a["step"] == 0
-                or a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-                or (name == "checkpointing")
-            )
-        if name == "tracker":
-            assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-    else:
-        assert changed
+    norms = [[line["grad_norm"] for line in run[1:]] for run in (lines, plain)]
+    if name in ("small packs", "checkpointing", "tracker"):
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    elif name != "no reference":  # which the policy has hardly left in two steps
+        assert norms[0] != pytest.approx(norms[1], rel=1e-3)
+    assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
+    if name == "tracker":
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
 def test_two_updates_move_the_ratio(tmp_path):
@@ -329,8 +338,8 @@ def torchrun(ranks: int, *argv: str):
 
 def test_two_ranks_compute_what_one_computes(tmp_path):
     """Also with fewer prompts than ranks: one of the two then has nothing to do."""
-    for prompts in ("3", "1"):
-        options = [*SHORT, "--prompts_per_step", prompts, "--num_iterations", "2"]
+    for prompts, updates in (("3", "2"), ("1", "1")):
+        options = [*SHORT, "--prompts_per_step", prompts, "--num_iterations", updates]
         one = train(tmp_path / f"one{prompts}", *options)
         out = torchrun(2, "--output_dir", str(tmp_path / f"two{prompts}"), *options)
         assert out.returncode == 0, out.stderr
@@ -353,9 +362,7 @@ def test_torchrun_and_user_errors(tmp_path):
     out = subprocess.run(
         [sys.executable, "train_cls.py", "--betta"], cwd=ROOT, capture_output=True, text=True
     )
-    assert (
-        out.returncode == 2 and out.stderr == "error: unknown flag --betta: did you mean --beta\n"
-    )
+    assert out.returncode == 2 and "did you mean --beta?" in out.stderr
 
 
 def test_real_photographs_with_the_genuine_vocabulary(tmp_path):
