@@ -49,7 +49,7 @@ class _TokenLogps(torch.autograd.Function):
             logits = _logits(hidden[part], weight, temperature, suppressed)
             # d logp / d logits = onehot(target) - probs; suppressed tokens have probs exactly 0
             slope = (logits - normalizers[part, None]).exp_().neg_()
-            slope[torch.arange(len(slope)), targets[part]] += 1
+            slope[torch.arange(len(slope), device=slope.device), targets[part]] += 1
             slope *= (grad[part] / temperature)[:, None]
             slope = slope.to(weight.dtype)
             if need_hidden:
