@@ -59,6 +59,26 @@ def score(completion: str, example, config: Config, aliases: dict) -> dict[str, 
     }
 
 
+def judge(group, example, processor, config, aliases, reward_weights) -> list[dict]:
+    """One record per completion of a group: its text, its rewards and their weighted sum."""
+    records = []
+    for ids, truncated in zip(group.completion_ids, group.truncated, strict=True):
+        text = processor.decode(ids)
+        rewards = score(text, example, config, aliases)
+        records.append(
+            {
+                "row": example.index,
+                "solution": example.solution,
+                "completion": text,
+                "rewards": rewards,
+                "reward": weighted_reward(rewards, reward_weights, text),
+                "tokens": len(ids),
+                "truncated": truncated,
+            }
+        )
+    return records
+
+
 # ---- before a weight is loaded ------------------------------------------------------------------
 
 
@@ -98,7 +118,7 @@ def encode(examples: list, processor: Processor) -> list:
 # ---- held-out evaluation ------------------------------------------------------------------------
 
 
-def evaluate(model, examples, processor, config, aliases, sampling, ranks):
+def evaluate(model, examples, processor, judging, sampling, ranks):
     """Greedy answers to every row: means as eval/<name>, and one record per row."""
     records, mine = [], ranks.mine(list(examples))
     for start in range(0, len(mine), EVAL_BATCH):
@@ -106,17 +126,7 @@ def evaluate(model, examples, processor, config, aliases, sampling, ranks):
         prompts = encode(batch, processor)
         groups = sample_groups(model, prompts, 1, sampling, 0, 0, range(len(batch)))
         for example, group in zip(batch, groups, strict=True):
-            text = processor.decode(group.completion_ids[0])
-            records.append(
-                {
-                    "row": example.index,
-                    "solution": example.solution,
-                    "completion": text,
-                    "rewards": score(text, example, config, aliases),
-                    "tokens": len(group.completion_ids[0]),
-                    "truncated": group.truncated[0],
-                }
-            )
+            records += judge(group, example, processor, *judging)
     records = ranks.gather(records)
     columns = {f"eval/{name}": [r["rewards"][name] for r in records] for name in TERMS}
     columns["eval/mean_length"] = [r["tokens"] for r in records]
@@ -145,12 +155,12 @@ def main(argv: list[str]) -> int:
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
     model_config, parameters = check_checkpoint(folder)
-    train, lengths = checked(config, config.dataset_train_split, processor)
+    train, prompt_lengths = checked(config, config.dataset_train_split, processor)
     has_test = config.dataset_test_split or "test" in splits(config.dataset_name)
     test = []
     if has_test:
         test, more = checked(config, config.dataset_test_split or "test", processor)
-        test, lengths = list(test)[: config.eval_samples], lengths + more
+        test, prompt_lengths = list(test)[: config.eval_samples], prompt_lengths + more
     if ranks.is_main:
         ranks.wait()
 
@@ -159,7 +169,9 @@ def main(argv: list[str]) -> int:
     kernel = choose_implementation(config.attn_implementation, ranks.device, dtype)
     steps = total_steps(config, len(train))
     place = (ranks.world, str(ranks.device), str(dtype).removeprefix("torch."), kernel)
-    progress.say(describe(config, model_config, parameters, lengths, len(train), len(test), *place))
+    progress.say(
+        describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
+    )
     progress.say(f"run       {output_dir}")
     if config.dry_run:
         return 0
@@ -178,6 +190,8 @@ def main(argv: list[str]) -> int:
         state = read_state(checkpoint, asdict(config))
         resume(checkpoint, optimizer)
         progress.say(f"resumed   {checkpoint}, step {state['step']}")
+        if state["step"] >= steps:
+            raise ValueError(f"the run is at its end, step {steps}: raise --max_steps to go on")
     state["config"] = asdict(config)
     stream = PromptStream(len(train), config.seed, **state["stream"])
     sampling = Sampling(
@@ -191,7 +205,8 @@ def main(argv: list[str]) -> int:
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
     suppressed = torch.tensor(sampling.suppressed_ids, dtype=torch.int64, device=ranks.device)
     scoring = (config.temperature, suppressed)
-    inputs = (processor, config, aliases, greedy, ranks)
+    judging = (config, aliases, reward_weights)
+    inputs = (processor, judging, greedy, ranks)
 
     log = None
     if ranks.is_main:
@@ -205,6 +220,7 @@ def main(argv: list[str]) -> int:
             log.write({"step": 0, **state["before"]}, [], None, True)
             log.write_answers(0, answers)
     progress.start(steps, state["step"])
+    stopping = False
 
     for step in range(state["step"] + 1, steps + 1):
         started, phase = time.perf_counter(), Phases(ranks.device)
@@ -220,34 +236,14 @@ def main(argv: list[str]) -> int:
 
         # 2. Reward: a record per completion, a row of records per prompt.
         with phase("reward"):
-            records = []
-            for example, group in zip(examples, groups, strict=True):
-                texts = [processor.decode(ids) for ids in group.completion_ids]
-                rewards = [score(text, example, config, aliases) for text in texts]
-                records.append(
-                    [
-                        {
-                            "row": example.index,
-                            "solution": example.solution,
-                            "completion": text,
-                            "reward": weighted_reward(terms, reward_weights, text),
-                            "rewards": terms,
-                            "tokens": len(ids),
-                            "truncated": cut,
-                        }
-                        for text, terms, ids, cut in zip(
-                            texts, rewards, group.completion_ids, group.truncated, strict=True
-                        )
-                    ]
-                )
-            all_records = ranks.gather(records)
+            pairs = zip(groups, examples, strict=True)
+            records = ranks.gather([judge(*pair, processor, *judging) for pair in pairs])
 
         # 3. Advantage: each completion against its own group; weights count the whole step.
-        all_rewards = torch.tensor([[r["reward"] for r in row] for row in all_records])
-        all_lengths = torch.tensor([[r["tokens"] for r in row] for row in all_records])
-        all_advantages = group_advantages(all_rewards, config.scale_rewards)
-        all_weights = token_weights(all_lengths, config.loss_type, config.max_completion_length)
-        advantages, weights = all_advantages[places], all_weights[places]
+        rewards = torch.tensor([[r["reward"] for r in row] for row in records], dtype=torch.float64)
+        lengths = torch.tensor([[r["tokens"] for r in row] for row in records])
+        advantages = group_advantages(rewards, config.scale_rewards)
+        weights = token_weights(lengths, config.loss_type, config.max_completion_length)
 
         # 4. Log-probs to compare with: the reference's, and the old policy's where it will move.
         packs = make_packs(groups, config.tokens_per_pack)
@@ -263,15 +259,15 @@ def main(argv: list[str]) -> int:
         rate = dist.learning_rate(
             step - 1, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
         )
-        for _ in range(config.num_iterations):
+        for iteration in range(config.num_iterations):
             for pack, ref, old in zip(packs, ref_logps, old_logps, strict=True):
                 with phase("training"):
                     logps, entropy = pack_logps(policy, pack, *scoring)
                     loss, stats = policy_loss(
                         logps,
                         old,
-                        pack.per_token(advantages).to(logps),
-                        pack.per_token(weights).to(logps),
+                        pack.per_token(advantages[places]).to(logps),
+                        pack.per_token(weights[places]).to(logps),
                         config.epsilon,
                         config.epsilon_high,
                         ref,
@@ -281,17 +277,17 @@ def main(argv: list[str]) -> int:
                     loss.backward()
                 for name, value in {**stats, "entropy": entropy.sum()}.items():
                     sums[name] += float(value)
-                if old is None:  # still the policy that sampled
+                if iteration == 0:  # still the policy that sampled
                     drawn = pack.sampling_logps(groups).to(logps)
                     drift.append(float((logps.detach() - drawn).abs().max()))
             with phase("optimizer"):
                 grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
 
         # 6. Report: metrics, completions, evaluation, checkpoint.
-        tokens = int(all_lengths.sum())
-        means = {k: v / tokens / config.num_iterations for k, v in ranks.sum(sums).items()}
+        count = int(lengths.sum()) * config.num_iterations
+        means = {name: total / count for name, total in ranks.sum(sums).items()}
         metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
-        metrics |= rollout_metrics(all_records, state["num_tokens"])
+        metrics |= rollout_metrics(records, state["num_tokens"])
         metrics |= {"kl": means["kl"]} if reference is not None else {}
         metrics |= {
             "entropy": means["entropy"],
@@ -312,7 +308,7 @@ def main(argv: list[str]) -> int:
         as_line = step % config.logging_steps == 0 or step == steps
         progress.step(metrics, "rewards/accuracy/mean", as_line)
         if log:
-            log.write(metrics, all_records, all_advantages, as_line)
+            log.write(metrics, records, advantages, as_line)
             log.write_answers(step, answers)
             if stopping or (config.save_steps and step % config.save_steps == 0):
                 limit = config.save_total_limit
@@ -324,9 +320,9 @@ def main(argv: list[str]) -> int:
     progress.stop()
     if log:
         log.close()
-    if stop_signal.asked and state["step"] < steps:
+    if stopping and step < steps:
         progress.say(
-            f"interrupted after step {state['step']} of {steps}; continue with "
+            f"interrupted after step {step} of {steps}; continue with "
             f"--output_dir {output_dir} --resume_from_checkpoint auto"
         )
         ranks.stop()

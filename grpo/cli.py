@@ -315,6 +315,8 @@ def run(main: Callable[[list[str]], int]) -> None:
         if rank == 0 or joined:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR
+    except KeyboardInterrupt:  # before the loop, where there is nothing to keep
+        code = INTERRUPTED
     sys.exit(code)
 
 
