@@ -11,16 +11,31 @@ from pathlib import Path
 
 import torch
 
-from data.check import Fault, check_images, check_rows, refuse
+from data.check import Fault, check_images, check_rows, refuse, refuse_other_task
 from data.images import open_image
 from data.stream import PromptStream
 from data.virft import load, splits
 from grpo import dist
-from grpo.checkpoint import find_checkpoint, read_state, resume, save_checkpoint, save_final
+from grpo.checkpoint import (
+    find_checkpoint,
+    read_state,
+    resume,
+    save_checkpoint,
+    save_final,
+    set_aside_later,
+)
 from grpo.cli import INTERRUPTED, StopSignal, TrainingConfig, flag, parse_config, run
-from grpo.log import Phases, Progress, RunFolder, comparison, rollout_metrics
+from grpo.diagnose import FIND_FAILURES as PARSE_FAILURES
+from grpo.diagnose import Watch, step_metrics
+from grpo.log import Phases, Progress, RunFolder, check_output, comparison, rollout_metrics
 from grpo.logps import pack_logps
-from grpo.loss import group_advantages, policy_loss, token_weights, weighted_reward
+from grpo.loss import (
+    group_advantages,
+    length_penalty,
+    policy_loss,
+    token_weights,
+    weighted_reward,
+)
 from grpo.plan import describe, total_steps
 from grpo.rollout import make_packs, sample_groups
 from models.attention import choose_implementation
@@ -28,9 +43,13 @@ from models.generate import Sampling
 from models.load import check_checkpoint, find_folder, load_model
 from models.processor import Processor
 from rewards.cls import accuracy_reward, read_aliases, read_class
+from rewards.det import solution_kind
 from rewards.format import format_reward
+from rewards.parse import find_answer, perfect
 
 DEMO = Path(__file__).resolve().parent / "data" / "demo_cls" / "demo.yaml"
+NAME = "cls"
+ADVICE = "if these are synonyms, pass --aliases"
 EVAL_BATCH = 32  # prompts
 
 
@@ -48,30 +67,55 @@ class Config(TrainingConfig):
 
 # ---- what is paid for ---------------------------------------------------------------------------
 
-TERMS = ("accuracy", "format")  # the order of --reward_weights
 
-
-def score(completion: str, example, config: Config, aliases: dict) -> dict[str, float]:
-    """Every reward of one completion, each in 0 to 1."""
+def score(completion: str, example, config: Config, task: dict) -> dict[str, float]:
+    """Every reward of one completion, each in 0 to 1; --reward_weights follows this order."""
     return {
-        "accuracy": accuracy_reward(completion, example.solution, aliases, config.answer_match),
+        "accuracy": accuracy_reward(completion, example.solution, task, config.answer_match),
         "format": format_reward(completion),
     }
 
 
-def judge(group, example, processor, config, aliases, reward_weights) -> list[dict]:
-    """One record per completion of a group: its text, its rewards and their weighted sum."""
+def explain(completion: str, example, config: Config, task: dict) -> dict[str, str]:
+    """Why a reward is not in full, for those that are not."""
+    return {
+        "accuracy": find_answer(completion)[1] or "wrong class",
+        "format": "not <think>...</think><answer>...</answer>",
+    }
+
+
+def truth(example) -> str:
+    """The right answer, as a person would say it."""
+    return read_class(example.solution)
+
+
+def hints(records: list[list[dict]], config: Config, task: dict) -> list[str]:
+    """What else the completions say about a flat reward."""
+    names = {record["truth"] for row in records for record in row}
+    listed = sum(
+        sum(name in (r["answer"] or "") for name in names) > 1 for row in records for r in row
+    )
+    return [f"{listed} answers of the last step name several classes"] if listed else []
+
+
+def judge(group, example, processor, config, task, reward_weights) -> list[dict]:
+    """One record per completion of a group: its text, its rewards, and their weighted sum."""
     records = []
     for ids, truncated in zip(group.completion_ids, group.truncated, strict=True):
         text = processor.decode(ids)
-        rewards = score(text, example, config, aliases)
+        rewards = score(text, example, config, task)
+        total = weighted_reward(rewards, reward_weights, text)
+        total += length_penalty(len(ids), config.max_completion_length, config.overlong_buffer)
+        why = explain(text, example, config, task)
         records.append(
             {
                 "row": example.index,
-                "solution": example.solution,
+                "truth": truth(example),
+                "answer": find_answer(text)[0],
                 "completion": text,
                 "rewards": rewards,
-                "reward": weighted_reward(rewards, reward_weights, text),
+                "reasons": {name: why[name] for name, value in rewards.items() if value < 1},
+                "reward": total,
                 "tokens": len(ids),
                 "truncated": truncated,
             }
@@ -82,29 +126,46 @@ def judge(group, example, processor, config, aliases, reward_weights) -> list[di
 # ---- before a weight is loaded ------------------------------------------------------------------
 
 
-def checked(config: Config, split: str, processor: Processor):
-    """The rows of a split and their prompt lengths in tokens, every row and image looked at.
+def prepare(config: Config, examples, split: str, argv: list[str]) -> dict:
+    """What score() needs to know beside the example: the synonyms that are paid for.
 
+    Raises ValueError where a solution is no class name, and where the data set is train_det.py's.
+    """
+    kinds = [solution_kind(example.solution) for example in examples]
+    where = (config.dataset_name, split)
+    refuse_other_task(kinds, {"class"}, "train_cls.py", "train_det.py", examples, argv, *where)
+    return read_aliases(config.aliases) if config.aliases else {}
+
+
+def checked(config: Config, split: str, processor: Processor, argv: list[str]):
+    """The rows of a split, their prompt lengths in tokens, and what `prepare` found.
+
+    Every row and every image is looked at, and the true solution must earn every reward in full.
     Raises ValueError that lists the first bad rows: what was found and what to do.
     """
     examples = load(config.dataset_name, split)
     sizes, faults = check_images(examples, f"{split} images")
-    faults += check_rows(examples)
-    bad, lengths = {fault.row for fault in faults}, []
+    refuse(faults + check_rows(examples), config.dataset_name, split)
+    task = prepare(config, examples, split, argv)
+    lengths = []
     for example, size in zip(examples, sizes, strict=True):
-        if example.index in bad:
-            continue
         try:
-            read_class(example.solution)
+            earned = score(perfect(example.solution), example, config, task)
+            poor = [
+                f"{name} {value:.3f}" for name, value in earned.items() if not value >= 1 - 1e-9
+            ]
+            found = poor and f"its own solution earns {', '.join(poor)} of 1: {example.solution!r}"
+            lengths.append(processor.count_tokens(example.problem, size))
         except ValueError as error:
-            faults.append(Fault(example.index, example.where, str(error), "correct the solution"))
-        lengths.append(processor.count_tokens(example.problem, size))
-        if config.max_prompt_length and lengths[-1] > config.max_prompt_length:
+            found = str(error)
+        if found:
+            faults.append(Fault(example.index, example.where, found, "correct the row"))
+        elif config.max_prompt_length and lengths[-1] > config.max_prompt_length:
             found = f"a prompt of {lengths[-1]} tokens, images included"
             todo = f"raise --max_prompt_length ({config.max_prompt_length}) or lower --max_pixels"
             faults.append(Fault(example.index, example.where, found, todo))
     refuse(faults, config.dataset_name, split)
-    return examples, lengths
+    return examples, lengths, task
 
 
 def encode(examples: list, processor: Processor) -> list:
@@ -118,8 +179,8 @@ def encode(examples: list, processor: Processor) -> list:
 # ---- held-out evaluation ------------------------------------------------------------------------
 
 
-def evaluate(model, examples, processor, judging, sampling, ranks):
-    """Greedy answers to every row: means as eval/<name>, and one record per row."""
+def answers(model, examples, processor, judging, sampling, ranks) -> list[dict]:
+    """A record for the greedy answer to every row, on every rank."""
     records, mine = [], ranks.mine(list(examples))
     for start in range(0, len(mine), EVAL_BATCH):
         batch = mine[start : start + EVAL_BATCH]
@@ -127,11 +188,17 @@ def evaluate(model, examples, processor, judging, sampling, ranks):
         groups = sample_groups(model, prompts, 1, sampling, 0, 0, range(len(batch)))
         for example, group in zip(batch, groups, strict=True):
             records += judge(group, example, processor, *judging)
-    records = ranks.gather(records)
-    columns = {f"eval/{name}": [r["rewards"][name] for r in records] for name in TERMS}
-    columns["eval/mean_length"] = [r["tokens"] for r in records]
-    columns["eval/clipped_ratio"] = [r["truncated"] for r in records]
-    return {name: sum(column) / len(column) for name, column in columns.items()}, records
+    return ranks.gather(records)
+
+
+def evaluate(records: list[dict], examples, config: Config, task: dict) -> tuple[dict, dict]:
+    """Means over held-out rows as eval/<name>, and the files to keep: name -> content."""
+    metrics = {}
+    for name in records[0]["rewards"]:
+        metrics[f"eval/{name}"] = sum(r["rewards"][name] for r in records) / len(records)
+    metrics["eval/mean_length"] = sum(r["tokens"] for r in records) / len(records)
+    metrics["eval/clipped_ratio"] = sum(r["truncated"] for r in records) / len(records)
+    return metrics, {}
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -139,30 +206,32 @@ def evaluate(model, examples, processor, judging, sampling, ranks):
 
 def main(argv: list[str]) -> int:
     config, config_file = parse_config(Config, argv, DEMO)
-    reward_weights = config.reward_weights or [1.0] * len(TERMS)
-    if len(reward_weights) != len(TERMS):
-        raise ValueError(f"--reward_weights takes {len(TERMS)} numbers: {', '.join(TERMS)}")
-    aliases = read_aliases(config.aliases) if config.aliases else {}
-    output_dir = Path(config.output_dir or time.strftime("runs/cls-%Y%m%d-%H%M%S"))
+    output_dir = Path(config.output_dir or time.strftime(f"runs/{NAME}-%Y%m%d-%H%M%S"))
     ranks = dist.start()
     progress = Progress(ranks.is_main)
     if config_file:
         progress.say(f"settings  {config_file}")
 
-    # The main rank checks data and model first; the others then find the images checked.
-    if not ranks.is_main:
+    # The main rank checks everything first; the others then find the images checked.
+    if ranks.is_main:
+        check_output(output_dir, config.resume_from_checkpoint is not None, config.report_to)
+    else:
         ranks.wait()
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
     model_config, parameters = check_checkpoint(folder)
-    train, prompt_lengths = checked(config, config.dataset_train_split, processor)
-    has_test = config.dataset_test_split or "test" in splits(config.dataset_name)
+    train, prompt_lengths, task = checked(config, config.dataset_train_split, processor, argv)
     test = []
-    if has_test:
-        test, more = checked(config, config.dataset_test_split or "test", processor)
-        test, prompt_lengths = list(test)[: config.eval_samples], prompt_lengths + more
+    if config.dataset_test_split or "test" in splits(config.dataset_name):
+        test, more, _ = checked(config, config.dataset_test_split or "test", processor, argv)
+        prompt_lengths += more
+        test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     if ranks.is_main:
         ranks.wait()
+    terms = list(score("", train[0], config, task))
+    reward_weights = config.reward_weights or [1.0] * len(terms)
+    if len(reward_weights) != len(terms):
+        raise ValueError(f"--reward_weights takes {len(terms)} numbers: {', '.join(terms)}")
 
     bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -184,7 +253,7 @@ def main(argv: list[str]) -> int:
     if config.beta > 0:
         reference = load_model(folder, dtype, ranks.device, kernel).requires_grad_(False)
     optimizer = dist.Optimizer(policy, config.weight_decay)
-    state = {"step": 0, "num_tokens": 0, "stream": {"epoch": 0, "position": 0}, "before": {}}
+    state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None}
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
         state = read_state(checkpoint, asdict(config))
@@ -194,6 +263,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"the run is at its end, step {steps}: raise --max_steps to go on")
     state["config"] = asdict(config)
     stream = PromptStream(len(train), config.seed, **state["stream"])
+    watch = Watch(config.diagnose_after, state["watch"], ADVICE)
     sampling = Sampling(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
@@ -205,43 +275,71 @@ def main(argv: list[str]) -> int:
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
     suppressed = torch.tensor(sampling.suppressed_ids, dtype=torch.int64, device=ranks.device)
     scoring = (config.temperature, suppressed)
-    judging = (config, aliases, reward_weights)
-    inputs = (processor, judging, greedy, ranks)
+    judging = (config, task, reward_weights)
 
     log = None
     if ranks.is_main:
         resumed_step = state["step"] if config.resume_from_checkpoint else None
         name = config.run_name or output_dir.name
+        for path in set_aside_later(output_dir, resumed_step) if resumed_step else []:
+            progress.say(f"set aside {path}")
         log = RunFolder(output_dir, config, resumed_step, config.report_to, name)
     stop_signal = StopSignal()
     if test and state["step"] == 0:
-        state["before"], answers = evaluate(policy, test, *inputs)
+        records = answers(policy, test, processor, judging, greedy, ranks)
+        state["before"], files = evaluate(records, test, config, task)
         if log:
             log.write({"step": 0, **state["before"]}, [], None, True)
-            log.write_answers(0, answers)
+            log.write_answers(0, records, files)
     progress.start(steps, state["step"])
-    stopping = False
+    stopping, held_out = False, {}
 
     for step in range(state["step"] + 1, steps + 1):
         started, phase = time.perf_counter(), Phases(ranks.device)
 
-        # 1. Sample: G completions of each of this rank's prompts.
-        dealt = ranks.mine(list(enumerate(stream.next(config.prompts_per_step))))
-        places, examples = [place for place, _ in dealt], [train[row] for _, row in dealt]
-        with phase("rollout"):
-            prompts = encode(examples, processor)
-            groups = sample_groups(
-                policy, prompts, config.num_generations, sampling, config.seed, step, places
-            )
+        # 1. Sample G completions of each prompt, and 2. reward them: a record per completion, a row
+        # of records per prompt. With --dynamic_sampling prompts whose group teaches nothing are
+        # replaced by the next ones, for a few rounds; what was found is kept.
+        groups, places, records, spent = [], [], [], 0
+        for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
+            rows = stream.next(config.prompts_per_step - len(records))
+            dealt = ranks.mine(list(enumerate(rows, start=spent)))
+            examples = [train[row] for _, row in dealt]
+            with phase("rollout"):
+                drawn = sample_groups(
+                    policy,
+                    encode(examples, processor),
+                    config.num_generations,
+                    sampling,
+                    config.seed,
+                    step,
+                    [place for place, _ in dealt],
+                )
+            with phase("reward"):
+                pairs = zip(drawn, examples, strict=True)
+                judged = ranks.gather([judge(*pair, processor, *judging) for pair in pairs])
+            spent += len(rows)
+            for index, row in enumerate(judged):
+                if config.dynamic_sampling and len({record["reward"] for record in row}) == 1:
+                    continue
+                if index % ranks.world == ranks.rank:  # as `mine` dealt them
+                    groups.append(drawn[index // ranks.world])
+                    places.append(len(records))
+                records.append(row)
+            if len(records) == config.prompts_per_step:
+                break
+        if not records:
+            records, groups = judged, drawn
+            places = ranks.mine(list(range(len(judged))))
 
-        # 2. Reward: a record per completion, a row of records per prompt.
-        with phase("reward"):
-            pairs = zip(groups, examples, strict=True)
-            records = ranks.gather([judge(*pair, processor, *judging) for pair in pairs])
+        if stopping := ranks.any(stop_signal.asked):  # this step is given up
+            break
 
         # 3. Advantage: each completion against its own group; weights count the whole step.
         rewards = torch.tensor([[r["reward"] for r in row] for row in records], dtype=torch.float64)
         lengths = torch.tensor([[r["tokens"] for r in row] for row in records])
+        if config.mask_truncated_completions:
+            lengths *= torch.tensor([[not r["truncated"] for r in row] for row in records])
         advantages = group_advantages(rewards, config.scale_rewards)
         weights = token_weights(lengths, config.loss_type, config.max_completion_length)
 
@@ -278,13 +376,13 @@ def main(argv: list[str]) -> int:
                 for name, value in {**stats, "entropy": entropy.sum()}.items():
                     sums[name] += float(value)
                 if iteration == 0:  # still the policy that sampled
-                    drawn = pack.sampling_logps(groups).to(logps)
-                    drift.append(float((logps.detach() - drawn).abs().max()))
+                    sampled = pack.sampling_logps(groups).to(logps)
+                    drift.append(float((logps.detach() - sampled).abs().max()))
             with phase("optimizer"):
                 grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
 
         # 6. Report: metrics, completions, evaluation, checkpoint.
-        count = int(lengths.sum()) * config.num_iterations
+        count = sum(r["tokens"] for row in records for r in row) * config.num_iterations
         means = {name: total / count for name, total in ranks.sum(sums).items()}
         metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
         metrics |= rollout_metrics(records, state["num_tokens"])
@@ -297,20 +395,31 @@ def main(argv: list[str]) -> int:
             "grad_norm": grad_norm,
             "learning_rate": rate,
         }
-        evaluating = step == steps or (config.eval_steps and step % config.eval_steps == 0)
-        held_out, answers = {}, []
-        if test and evaluating:
+        if config.dynamic_sampling:
+            metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
+        extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
+        metrics |= step_metrics(records, *extremes, PARSE_FAILURES)
+        findings = watch.update(step, records, *extremes, hints(records, config, task))
+        metrics |= dict.fromkeys(findings, 1)
+        state |= {"step": step, "num_tokens": metrics["num_tokens"]}
+        state |= {"stream": stream.state(), "watch": watch.state()}
+        stopping = ranks.any(stop_signal.asked) and step < steps
+        held_out, answered, files = {}, [], {}
+        due = config.eval_steps and step % config.eval_steps == 0 and not stopping
+        if test and (due or step == steps):
             with phase("evaluation"):
-                held_out, answers = evaluate(policy, test, *inputs)
+                answered = answers(policy, test, processor, judging, greedy, ranks)
+                held_out, files = evaluate(answered, test, config, task)
         metrics |= {**held_out, "step_time": time.perf_counter() - started, **phase.metrics}
-        state |= {"step": step, "num_tokens": metrics["num_tokens"], "stream": stream.state()}
-        stopping = ranks.any(stop_signal.asked)
         as_line = step % config.logging_steps == 0 or step == steps
-        progress.step(metrics, "rewards/accuracy/mean", as_line)
+        progress.step(metrics, f"rewards/{terms[0]}/mean", as_line)
+        for text in findings.values():
+            progress.say(f"\ndiagnosis: {text}\n")
         if log:
             log.write(metrics, records, advantages, as_line)
-            log.write_answers(step, answers)
-            if stopping or (config.save_steps and step % config.save_steps == 0):
+            log.write_answers(step, answered, files)
+            log.write_findings(step, findings)
+            if config.save_steps and step % config.save_steps == 0:
                 limit = config.save_total_limit
                 save_checkpoint(output_dir, folder, policy, optimizer, state, limit)
         ranks.wait()
@@ -320,11 +429,14 @@ def main(argv: list[str]) -> int:
     progress.stop()
     if log:
         log.close()
-    if stopping and step < steps:
+    if stopping:
+        if log and state["step"]:
+            save_checkpoint(output_dir, folder, policy, optimizer, state, config.save_total_limit)
         progress.say(
-            f"interrupted after step {step} of {steps}; continue with "
+            f"interrupted after step {state['step']} of {steps}; continue with "
             f"--output_dir {output_dir} --resume_from_checkpoint auto"
         )
+        ranks.wait()
         ranks.stop()
         return INTERRUPTED
     if log:

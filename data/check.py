@@ -1,6 +1,7 @@
 """Every row looked at before a weight is loaded, every image decoded once."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def check_images(
 
     try:
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            looked = pool.map(look, examples)
+            looked = pool.map(lambda row: look(examples[row]), range(len(examples)))
             looked = list(tqdm(looked, description, len(examples), leave=False, unit="row"))
     finally:  # an interrupted check is not lost
         _write_cache(new)
@@ -121,3 +122,40 @@ def _write_cache(new: dict[str, tuple[int, int]]) -> None:
             file.writelines(f"{key} {w} {h}\n" for key, (w, h) in new.items())
     except OSError as error:
         tqdm.write(f"note: images will be checked again next time ({cache_file()}: {error})")
+
+
+def refuse_other_task(
+    kinds: Sequence[str],
+    mine: set[str],
+    script: str,
+    other: str,
+    examples: Sequence[Example],
+    argv: Sequence[str],
+    dataset_name: str,
+    split: str,
+) -> None:
+    """Raises ValueError where solutions are of a kind that `script` does not train.
+
+    kinds: what each row's solution is. Where all are the other script's, the message is that
+    script's command with the user's own flags; a mixture names the first row of each kind.
+    """
+    wrong = [row for row, kind in enumerate(kinds) if kind not in mine]
+    if not wrong:
+        return
+
+    def named(row: int) -> str:
+        return f"row {row} ({examples[row].where}) holds {examples[row].solution[:80]!r}"
+
+    opening = f"{dataset_name}, split {split!r}: {named(wrong[0])}"
+    if len(wrong) == len(kinds):
+        raise ValueError(
+            f"{opening}, a {kinds[wrong[0]]} solution, and so do all {len(kinds)} rows; "
+            f"{script} would pay nothing for it. Run instead:\n"
+            f"  torchrun {other} {shlex.join(argv)}"
+        )
+    right = next(row for row, kind in enumerate(kinds) if kind in mine)
+    raise ValueError(
+        f"{opening}, a {kinds[wrong[0]]} solution, but {named(right)}, a {kinds[right]} solution; "
+        f"{len(wrong)} of {len(kinds)} rows are not for {script}. Make two data sets of it, the "
+        f"other for {other}"
+    )

@@ -12,11 +12,12 @@ from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 
-from data import flowers
+from data import flowers, scenes
 from data.images import content_key
 
 IMAGE_COLUMNS = ("image", "images", "image_path", "image_paths")
-DEMOS = {"demo:flowers": {"train": 480, "test": 180}}  # rows of each split
+DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
+DEMO_ROWS = {"train": 480, "test": 180}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def load(dataset_name: str, split: str) -> Sequence[Example]:
 def splits(dataset_name: str) -> list[str]:
     """Names of the splits. Raises ValueError where the data set does not exist."""
     if dataset_name in DEMOS:
-        return list(DEMOS[dataset_name])
+        return list(DEMO_ROWS)
     path = Path(dataset_name).expanduser()
     if _is_local(path):
         return list(_local_files(path))
@@ -122,9 +123,8 @@ def _is_local(path: Path) -> bool:
 
 @cache
 def _demo(dataset_name: str, split: str) -> Rows:
-    counts = DEMOS[dataset_name]
-    _need_split(dataset_name, split, list(counts))
-    rows = flowers.rows(split, counts[split])
+    _need_split(dataset_name, split, list(DEMO_ROWS))
+    rows = DEMOS[dataset_name](split, DEMO_ROWS[split])
     for row in rows:
         buffer = BytesIO()
         row["image"].save(buffer, "PNG")
@@ -147,7 +147,10 @@ def _local_files(path: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{path}: not a .json, .jsonl or .parquet file")
         return {"train": [path]}
     if (path / "dataset_dict.json").is_file():
-        names = _read_json(path / "dataset_dict.json")["splits"]
+        content = _read_json(path / "dataset_dict.json")
+        if not isinstance(content, dict) or "splits" not in content:
+            raise ValueError(f"{path / 'dataset_dict.json'}: names no splits; save the set again")
+        names = content["splits"]
         return {name: [path / name] for name in names}
     if (path / "state.json").is_file():
         return {"train": [path]}
@@ -173,6 +176,9 @@ def _read_local(path: Path, split: str) -> Rows:
     files = _local_files(path)
     _need_split(path, split, list(files))
     first = files[split][0]
+    if len(files[split]) > 1 and any(file.suffix != ".parquet" for file in files[split]):
+        names = ", ".join(file.name for file in files[split])
+        raise ValueError(f"{path}, split {split!r}: several files hold it: {names}; keep one")
     if first.suffix in (".json", ".jsonl"):
         return Rows(_read_rows(first), first.parent)
     import datasets
@@ -228,7 +234,7 @@ def _read_rows(file: Path) -> list[dict]:
         numbered = [(f"row {i}", row) for i, row in enumerate(rows)]
     else:
         numbered = []
-        for number, line in enumerate(_read_text(file).splitlines(), 1):
+        for number, line in enumerate(_read_text(file).split("\n"), 1):
             if line.strip():
                 try:
                     numbered.append((f"line {number}", json.loads(line)))
@@ -243,7 +249,7 @@ def _read_rows(file: Path) -> list[dict]:
 def _read_json(file: Path):
     try:
         return json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
 
 

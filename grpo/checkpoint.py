@@ -9,6 +9,7 @@ pickled. A checkpoint is written under a temporary name and renamed when whole.
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -54,6 +55,19 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Renames checkpoints after `step` to abandoned-..., when a run goes on from an earlier one.
+
+    Returns their new names. They belong to a branch that is left; nothing is deleted.
+    """
+    moved = []
+    for folder in checkpoints(output_dir):
+        if int(folder.name[11:]) > step:
+            aside = folder.with_name(f"abandoned-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            moved.append(folder.rename(aside))
+    return moved
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:
@@ -121,8 +135,10 @@ def resume(folder: Path, optimizer: Optimizer) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / 'optimizer.safetensors'}: cannot be read: {error}") from error
     missing = [name for name in optimizer.masters if name not in masters]
+    stepped = any(name.startswith("step.") for name in moments)
+    missing += [n for n in optimizer.masters if stepped and f"exp_avg_sq.{n}" not in moments]
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]} the first")
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} the first")
     optimizer.load(masters, moments)
 
 

@@ -7,6 +7,7 @@ error that says what to use instead; none is accepted and ignored.
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
 ROOT = Path(__file__).resolve().parent.parent
 OWN_CODE = ("grpo", "models", "rewards", "data")
 
@@ -55,6 +56,16 @@ class TrainingConfig:
     tokens_per_pack: int = flag(
         16384, "tokens in one forward and backward pass; lower saves memory"
     )
+
+    dynamic_sampling: bool = flag(
+        False, "replace prompts whose completions all earn the same (DAPO, section 3.2)"
+    )
+    max_sampling_rounds: int = flag(4, "rounds of prompts that --dynamic_sampling draws at most")
+    mask_truncated_completions: bool = flag(False, "leave truncated completions out of the loss")
+    overlong_buffer: int = flag(
+        0, "tokens before --max_completion_length over which up to 1 is taken off (DAPO, eq. 13)"
+    )
+    diagnose_after: int = flag(10, "explain a reward that is flat for so many steps; 0 never")
 
     temperature: float = flag(1.0, "sampling temperature, of the training log-probs too")
     top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability")
@@ -94,7 +105,7 @@ class TrainingConfig:
     )
 
     logging_steps: int = flag(1, "print and report every so many steps (metrics.jsonl has all)")
-    save_steps: int = flag(500, "write checkpoint-N every so many steps; 0 only when interrupted")
+    save_steps: int = flag(100, "write checkpoint-N every so many steps; 0 only when interrupted")
     save_total_limit: int | None = flag(None, "keep the newest so many checkpoints")
     resume_from_checkpoint: str | None = flag(
         None, "continue the run in --output_dir: `auto` for its newest checkpoint, or a folder"
@@ -155,8 +166,12 @@ def parse_config(cls: type, argv: list[str], demo: Path | None = None):
     own = {"model_name_or_path", "dataset_name"} & given.keys()
     if path is None and not own:
         path = demo
-        if "resume_from_checkpoint" in given:
-            path = Path(given.get("output_dir", "--output_dir")) / "config.yaml"
+        if (wanted := given.get("resume_from_checkpoint")) is not None:
+            if wanted != "auto":
+                given.setdefault("output_dir", str(Path(wanted).parent))
+            if "output_dir" not in given:
+                raise ValueError("--resume_from_checkpoint auto needs --output_dir, the run folder")
+            path = Path(given["output_dir"]) / "config.yaml"
             if not path.is_file():
                 raise ValueError(f"--resume_from_checkpoint: no {path}, so no run to continue")
     values = {**_read_yaml(path, fields), **given} if path else given
@@ -226,11 +241,13 @@ def _read_yaml(path: Path, fields: dict) -> dict:
         if key not in fields:
             raise ValueError(f"--config {path}: {_unknown(str(key), fields, 'key')}")
         kind, is_list = _kind(fields[key].type)
+        if value is None and isinstance(fields[key].type, types.UnionType):
+            continue
         try:
-            values[key] = [_cast(v, kind) for v in value] if is_list and value else value
-            if not is_list and value is not None:
-                values[key] = _cast(value, kind)
-        except (TypeError, ValueError):
+            if is_list != isinstance(value, list):
+                raise TypeError
+            values[key] = [_cast(v, kind) for v in value] if is_list else _cast(value, kind)
+        except (TypeError, ValueError, OverflowError):
             wanted = f"a list of {kind.__name__}" if is_list else kind.__name__
             raise ValueError(f"--config {path}: {key} is {value!r}, not {wanted}") from None
     return values
@@ -265,6 +282,9 @@ def _check(config, fields: dict) -> None:
         "logging_steps": 1,
         "save_total_limit": 1,
         "eval_samples": 1,
+        "max_sampling_rounds": 1,
+        "overlong_buffer": 0,
+        "diagnose_after": 0,
         "save_steps": 0,
         "eval_steps": 0,
         "top_k": 0,
@@ -276,6 +296,11 @@ def _check(config, fields: dict) -> None:
         "max_grad_norm": 0,
         "warmup_ratio": 0,
     }
+    for f in fields.values():
+        value = getattr(config, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{f.name} is {number}; it must be finite")
     for name, least in bounds.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -306,18 +331,27 @@ def run(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = any(raised_in.is_relative_to(ROOT / name) for name in OWN_CODE)
-        if not ours and raised_in.parent != ROOT or os.environ.get("GRPO_TRACEBACK"):
+        if not _meant_for_users(error) or os.environ.get("GRPO_TRACEBACK"):
             raise
         # A mistake in flags or data meets every rank alike: one says so. In the loop each speaks.
         rank, joined = int(os.environ.get("RANK", 0)), "torch" in sys.modules and _joined()
         if rank == 0 or joined:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        code = DIVERGED
     except KeyboardInterrupt:  # before the loop, where there is nothing to keep
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _meant_for_users(error: ValueError) -> bool:
+    """Whether a `raise` in this project's own code made it, rather than a library or a slip."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(frame.filename).resolve()
+    ours = file.parent == ROOT or any(file.is_relative_to(ROOT / name) for name in OWN_CODE)
+    return ours and (frame.line or "").startswith("raise ")
 
 
 def _joined() -> bool:

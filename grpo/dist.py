@@ -76,7 +76,7 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return Ranks(rank, world, device)
 
 
@@ -132,7 +132,10 @@ class Optimizer:
         gradients = [master.grad for master in self.masters.values()]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+            raise FloatingPointError(
+                f"the gradient's norm is {float(norm)} and the update was not made; start again or "
+                f"from the last checkpoint's weights, with a lower --learning_rate"
+            )
         if max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), max_grad_norm, norm)
         for group in self.adamw.param_groups:

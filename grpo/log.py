@@ -5,6 +5,7 @@ the lines after its checkpoint, so that no step stands twice. docs/metrics.md de
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -18,20 +19,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-class RunFolder:
-    """--output_dir. Only the main rank makes one.
+def check_output(path: Path, resuming: bool, report_to: str) -> None:
+    """Raises ValueError where --output_dir cannot take this run: found before anything is loaded.
 
-    Raises ValueError where the folder cannot be written, or holds a run that is not resumed.
+    It cannot where it is not writable, where it holds a run that is not resumed, or where the
+    package that --report_to names is missing.
+    """
+    if (path / "metrics.jsonl").exists() and not resuming:
+        raise ValueError(
+            f"--output_dir {path} already holds a run: continue it with "
+            f"--resume_from_checkpoint auto, or name another folder"
+        )
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output_dir {path}: {parent} is not a folder that can be written")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"--report_to {report_to}: pip install {report_to}")
+
+
+class RunFolder:
+    """--output_dir, checked by `check_output`. Only the main rank makes one.
+
+    resumed_step: the step after which a run goes on; later lines of its files are dropped.
+    Raises ValueError where a file cannot be written.
     """
 
     def __init__(self, path: Path, config, resumed_step: int | None, report_to: str, name: str):
         self.path = path
         metrics = path / "metrics.jsonl"
-        if metrics.exists() and resumed_step is None:
-            raise ValueError(
-                f"--output_dir {path} already holds a run: continue it with "
-                f"--resume_from_checkpoint auto, or name another folder"
-            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in (metrics, path / "completions.jsonl"):
@@ -47,7 +62,9 @@ class RunFolder:
     def _write_config(self, config) -> None:
         import yaml
 
-        values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+        once = ("resume_from_checkpoint", "dry_run")
+        values = dataclasses.asdict(config).items()
+        values = {k: v for k, v in values if v is not None and k not in once}
         (self.path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     def write(
@@ -72,11 +89,23 @@ class RunFolder:
         if report:
             self._tracker(metrics)
 
-    def write_answers(self, step: int, records: list[dict]) -> None:
-        """The held-out answers of one evaluation, to eval-<step>.jsonl; nothing where none was."""
+    def write_answers(self, step: int, records: list[dict], files: dict) -> None:
+        """The held-out answers of one evaluation, to eval-<step>.jsonl; nothing where none was.
+
+        files: further contents for JSON, to <name>-<step>.json each.
+        """
         if records:
             text = "".join(json.dumps(record) + "\n" for record in records)
             (self.path / f"eval-{step}.jsonl").write_text(text)
+        for name, content in files.items():
+            (self.path / f"{name}-{step}.json").write_text(json.dumps(content) + "\n")
+
+    def write_findings(self, step: int, findings: dict[str, str]) -> None:
+        """Appends what the diagnosis said to diagnosis.txt; nothing where it was silent."""
+        if findings:
+            with (self.path / "diagnosis.txt").open("a") as file:
+                for text in findings.values():
+                    file.write(f"step {step}: {text}\n\n")
 
     def close(self) -> None:
         self._metrics.close()
@@ -100,12 +129,10 @@ def _drop_after(file: Path, step: int) -> None:
 
 
 def _tracker(report_to: str, path: Path, name: str, config: dict):
-    """f(metrics) that sends them on; f(None) ends it. ValueError where the package is missing."""
+    """f(metrics) that sends them on; f(None) ends it."""
     if report_to == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("--report_to tensorboard: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(path / "tensorboard" / name))
 
         def tensorboard(metrics: dict | None) -> None:
@@ -117,10 +144,8 @@ def _tracker(report_to: str, path: Path, name: str, config: dict):
 
         return tensorboard
     if report_to == "wandb":
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("--report_to wandb: pip install wandb") from error
+        import wandb
+
         run = wandb.init(name=name, dir=str(path), config=config)
 
         def weights_and_biases(metrics: dict | None) -> None:

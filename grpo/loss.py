@@ -34,6 +34,14 @@ def weighted_reward(terms: Mapping[str, float], weights: Sequence[float], comple
     return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True))
 
 
+def length_penalty(tokens: int, longest: int, buffer: int) -> float:
+    """The soft overlong punishment, 0 to -1, of a completion of `tokens` tokens (DAPO, eq. 13).
+
+    It falls linearly over the last `buffer` tokens before `longest`; buffer 0 is off.
+    """
+    return -min(1.0, max(0, tokens - (longest - buffer)) / buffer) if buffer else 0.0
+
+
 def group_advantages(rewards: Tensor, scale_rewards: str = "group", eps: float = 1e-4) -> Tensor:
     """Each completion's reward against its own group's: (B, G) -> (B, G) float64.
 
@@ -65,7 +73,7 @@ def token_weights(lengths: Tensor, loss_type: str, max_completion_length: int) -
     """What each token of a completion counts in the step's loss: one weight per completion.
 
     lengths: completion lengths in tokens, int64 of any shape: all N of the whole step, over all
-    groups, packs and ranks.
+    groups, packs and ranks; 0 for a completion that is left out of the loss.
 
     grpo     1 / (N |o_i|)   mean over tokens, then over completions    (DeepSeekMath, eq. 3)
     dapo     1 / sum |o_i|   mean over all tokens                       (DAPO, eq. 8)
@@ -73,13 +81,13 @@ def token_weights(lengths: Tensor, loss_type: str, max_completion_length: int) -
 
     Returns float64 of lengths' shape. Raises ValueError for an unknown name.
     """
+    counted = (lengths > 0).double()
     if loss_type == "grpo":
-        return 1.0 / (lengths.numel() * lengths.double())
+        return counted / (lengths.numel() * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.full_like(lengths, 1.0, dtype=torch.float64) / lengths.sum()
+        return counted / lengths.sum().clamp(min=1)
     if loss_type == "dr_grpo":
-        total = lengths.numel() * max_completion_length
-        return torch.full_like(lengths, 1.0, dtype=torch.float64) / total
+        return counted / (lengths.numel() * max_completion_length)
     raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
 
 

@@ -105,11 +105,13 @@ def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype)
     """
     if wanted not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation {wanted!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    half = dtype in (torch.bfloat16, torch.float16)
+    able = half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if wanted == "flash_attention_2" and not able:
         raise ValueError(
-            f"--attn_implementation flash_attention_2 needs a CUDA device and half precision "
-            f"(--bf16); this is {device.type} in {str(dtype).removeprefix('torch.')}: use sdpa"
+            "--attn_implementation flash_attention_2 needs a CUDA device of compute capability 8.0 "
+            "(Ampere) or later and half precision (--bf16); this is "
+            f"{device.type} in {str(dtype).removeprefix('torch.')}: use sdpa"
         )
     return "sdpa" if wanted == "sdpa" or not able else "flash_attention_2"
 

@@ -120,8 +120,11 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
 
     logits: (N, V) float32, -inf where a token is suppressed; uniform: (N,) float64 in [0, 1), not
     used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
-    top-p, which are the sampler's alone: training does not know them.
+    top-p, which are the sampler's alone: training does not know them. Raises FloatingPointError
+    where a logit is NaN.
     """
+    if logits.isnan().any():
+        raise FloatingPointError("the model's logits are not numbers: it has diverged")
     if sampling.temperature == 0:
         token = logits.argmax(1)
         return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)

@@ -55,6 +55,7 @@ class Processor:
         self.tokenizer = self._read_tokenizer()
         self.image_processor = self._read_image_processor(min_pixels, max_pixels)
         self.generation = _read_json(self.folder / "generation_config.json", default={})
+        assert self.stop_ids  # read now, so that what is wrong is said now
 
     def _read_tokenizer(self):
         from transformers import AutoTokenizer
@@ -109,8 +110,11 @@ class Processor:
     @property
     def stop_ids(self) -> list[int]:
         """Token ids that end a completion: all of the generation config's, else the tokenizer's."""
-        stop = self.generation.get("eos_token_id", self.tokenizer.eos_token_id)
-        return sorted({stop} if isinstance(stop, int) else set(stop))
+        stop = self.generation.get("eos_token_id") or self.tokenizer.eos_token_id
+        stop = [stop] if isinstance(stop, int) else stop
+        if not stop or not all(isinstance(token, int) for token in stop):
+            raise ValueError(f"{self.folder}: eos_token_id is {stop!r}, not one or more token ids")
+        return sorted(set(stop))
 
     @property
     def suppressed_ids(self) -> list[int]:
@@ -140,23 +144,30 @@ class Processor:
         )
 
     def count_tokens(self, problem: str, sizes: list[tuple[int, int]]) -> int:
-        """Prompt tokens of `problem` with images of these (width, height), without reading them."""
-        text = self.tokenizer(self.chat_text(problem, len(sizes)), add_special_tokens=False)
-        return len(text["input_ids"]) - len(sizes) + sum(self.image_tokens(*s) for s in sizes)
+        """Prompt tokens of `problem` with images of these (width, height), without reading them.
+
+        Raises ValueError where the problem itself holds an image token.
+        """
+        ids = self._text_ids(problem, len(sizes))
+        return len(ids) - len(sizes) + sum(self.image_tokens(*size) for size in sizes)
+
+    def _text_ids(self, problem: str, images: int) -> list[int]:
+        """Token ids of the chat text, one image token per image. Raises ValueError for more."""
+        text = self.tokenizer(self.chat_text(problem, images), add_special_tokens=False)
+        if text["input_ids"].count(self.config.image_token_id) != images:
+            token = self.tokenizer.decode([self.config.image_token_id])
+            raise ValueError(
+                f"the problem contains {token}, which stands for an image: {problem[:80]!r}"
+            )
+        return text["input_ids"]
 
     def encode(self, problem: str, images: list[Image.Image], keys: tuple[str, ...]) -> Prompt:
         """One user message of RGB images and text as a Prompt; `keys` identify the images.
 
         Raises ValueError where the problem itself holds an image token.
         """
-        ids = self.tokenizer(self.chat_text(problem, len(images)), add_special_tokens=False)
-        ids = torch.tensor(ids["input_ids"])
+        ids = torch.tensor(self._text_ids(problem, len(images)))
         image_token = self.config.image_token_id
-        if int((ids == image_token).sum()) != len(images):
-            token = self.tokenizer.decode([image_token])
-            raise ValueError(
-                f"the problem text contains {token}, which stands for an image: {problem[:80]!r}"
-            )
         pixels, grids = self.encode_images(images)
         if images:
             counts = torch.ones_like(ids)
@@ -203,6 +214,9 @@ def _read_json(path: Path, default):
     if not path.is_file():
         return default
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return value

@@ -28,3 +28,11 @@ def find_answer(completion: str) -> tuple[str | None, str]:
         return None, "answer not closed"
     answer = answer.strip()
     return (answer, "") if answer else (None, "empty answer")
+
+
+def perfect(solution: str) -> str:
+    """The completion that a data set's solution asks for: some reasoning, then the solution."""
+    answer = solution.strip()
+    if OPEN not in answer:
+        answer = f"{OPEN}{answer}{CLOSE}"
+    return f"<think>It is so.</think>{answer}"

@@ -80,7 +80,7 @@ def test_booleans(argv, expected):
         (["--top_p", "1.5"], "at most 1"),
         (["--max_steps", "0"], "at least 1"),
         (["--beta", "-1"], "at least 0"),
-        (["--learning_rate", "nan"], "at least 0"),
+        (["--learning_rate", "nan"], "must be finite"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )
@@ -98,6 +98,11 @@ def test_mistakes_are_one_message(argv, message):
         ("max_steps: 1.5", "max_steps is 1.5, not int"),
         ("bf16: 1", "bf16 is 1, not bool"),
         ("max_steps: true", "max_steps is True, not int"),
+        ("temperature:", "temperature is None, not float"),
+        ("max_steps: .inf", "max_steps is inf, not int"),
+        ("learning_rate: .nan", "learning_rate is nan; it must be finite"),
+        ("reward_weights: '12'", "reward_weights is '12', not a list of float"),
+        ("reward_weights: [1, .nan]", "reward_weights is nan"),
         ("- beta", "no `flag: value` lines"),
         ("beta: {", "not a readable YAML"),
         ("loss_type: ppo", "none of grpo, dapo, dr_grpo"),
@@ -143,8 +148,10 @@ run(main)
         ("return 0", 0, "", False),
         ("return 130", 130, "", False),
         ("import json; json.loads('{')", 1, "JSONDecodeError", True),
-        ("from grpo.loss import token_weights; token_weights(None, 'x', 1)", 2, "error: ", False),
+        ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
         ("1 / 0", 1, "ZeroDivisionError", True),
+        ("from grpo.log import rollout_metrics; rollout_metrics([['ab']], 0)", 1, "Error", True),
+        ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
     ],
 )
 def test_user_errors_are_told_from_bugs(body, code, shown, traceback):

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import weakref
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import data.check
+from data import scenes
 from data.check import cache_file, check_images, check_rows, refuse
 from data.flowers import SPECIES, draw, rows, thinking
 from data.images import open_image
@@ -385,3 +387,57 @@ def test_the_demo_is_a_data_set_like_any_other():
     assert sizes[0] == [(84, 84)]
     assert open_image(examples[0].images[0]).tobytes() == rows("test", 1)[0]["image"].tobytes()
     assert len({e.keys for e in examples}) == len(examples)
+
+
+def test_scenes_draw_the_same_every_time_and_their_boxes_hold_the_colour():
+    table, again = scenes.rows("train", 40), scenes.rows("train", 40)
+    assert all(a["image"].tobytes() == b["image"].tobytes() for a, b in zip(table, again))  # noqa: B905
+    other = {row["image"].tobytes() for row in scenes.rows("test", 40)}
+    assert not other & {row["image"].tobytes() for row in table}
+    empty = [row for row in table if "No Objects" in row["solution"]]
+    assert 2 <= len(empty) <= 16
+    for number in range(40):
+        image, category, boxes = scenes.scene(f"train/{number}")
+        wanted = scenes.COLOURS[category.split()[0]]
+        for x1, y1, x2, y2 in boxes:
+            assert 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
+            centre = [round(v * scenes.SIZE / 2000) for v in (x1 + x2, y1 + y2)]
+            pixel = image.getpixel(tuple(centre))
+            assert max(abs(a - b) for a, b in zip(pixel, wanted, strict=True)) < 70
+
+
+def test_odd_but_legal_json_and_doubled_files(tmp_path):
+    picture().save(tmp_path / "0.png")
+    row = {"image": "0.png", "problem": "one\u2028two\u0085three", "solution": "<answer>a</answer>"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert load(str(tmp_path), "train")[0].problem == row["problem"]
+    write_json(tmp_path, "train.json", [row])
+    with pytest.raises(ValueError, match=r"several files hold it: train\.json, train\.jsonl"):
+        load(str(tmp_path), "train")
+
+
+def test_big_endian_16_bit_grey_is_read(tmp_path):
+    values = [0, 257 * 100, 65535]
+    pixels = b"".join(value.to_bytes(2, "big") for value in values)
+    Image.frombytes("I;16B", (3, 1), pixels).save(tmp_path / "a.tiff")
+    out = open_image(tmp_path / "a.tiff")
+    assert [out.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+def test_rows_are_read_as_they_are_needed(tmp_path, pictures):
+    """A data set larger than memory is never held whole while its images are checked."""
+    write_json(tmp_path / "set", "train.json", pictures * 50)
+    examples, alive, most = load(str(tmp_path / "set"), "train"), [], [0]
+
+    class Watched:
+        def __len__(self):
+            return len(examples)
+
+        def __getitem__(self, index):
+            example = examples[index]
+            alive.append(weakref.ref(example))
+            most[0] = max(most[0], sum(ref() is not None for ref in alive))
+            return example
+
+    check_images(Watched(), "images")
+    assert len(alive) == 300 and most[0] < 50

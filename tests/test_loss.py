@@ -10,6 +10,7 @@ from grpo.loss import (
     KL_ESTIMATORS,
     LOSS_TYPES,
     group_advantages,
+    length_penalty,
     per_token_kl,
     policy_loss,
     token_weights,
@@ -217,3 +218,19 @@ def test_unknown_names_are_refused():
 def test_weights_of_a_step_sum_to_one(loss_type):
     lengths = torch.tensor(LENGTHS)
     assert (token_weights(lengths, loss_type, 99) * lengths).sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "tokens, penalty", [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (120, -1)]
+)
+def test_the_soft_overlong_punishment(tokens, penalty):
+    """DAPO, eq. 13, with a limit of 100 and a buffer of 20."""
+    assert length_penalty(tokens, 100, 20) == pytest.approx(penalty)
+    assert length_penalty(tokens, 100, 0) == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_completions_of_length_0_are_left_out(loss_type):
+    weights = token_weights(torch.tensor([[3, 0], [0, 5]]), loss_type, 9)
+    assert weights[0, 1] == weights[1, 0] == 0 and (weights[[0, 1], [0, 1]] > 0).all()
+    assert not token_weights(torch.zeros(2, 2, dtype=torch.int64), loss_type, 9).any()

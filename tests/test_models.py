@@ -188,15 +188,25 @@ def test_masked_and_gathered_attention_agree(rows, causal):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rows", [[(50, 30, 1, 4), (20,)], [(33,), (64,)]])
-def test_flash_attention_agrees_with_sdpa_on_cuda(rows):
+@pytest.mark.parametrize("dim", [64, 80, 128])  # 80 is the published vision tower's
+@pytest.mark.parametrize(
+    "rows, causal",
+    [([(50, 30, 1, 4), (20,)], True), ([(33,), (64,)], True), ([(60,), (7,)], False)],
+)
+def test_flash_attention_agrees_with_sdpa_on_cuda(rows, causal, dim):
+    """Values and gradients."""
     total = sum(map(sum, rows))
-    q = torch.randn(total, 4, 64, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, total, 2, 64, device="cuda", dtype=torch.bfloat16)
-    flash = Bounds(tuple(rows), q.device, implementation="flash_attention_2")
-    exact = attention(q.double(), k.double(), v.double(), Bounds(tuple(rows), q.device))
-    error = (attention(q, k, v, flash).double() - exact).norm() / exact.norm()
-    assert error < 1e-2
+    q = torch.randn(total, 4, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, total, 2, dim, device="cuda", dtype=torch.bfloat16)
+    direction = torch.randn_like(q)
+    results = []
+    for implementation, dtype in (("flash_attention_2", torch.bfloat16), ("sdpa", torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        bounds = Bounds(tuple(rows), q.device, causal, implementation)
+        out = attention(*inputs, bounds)
+        results.append([out, *torch.autograd.grad(out, inputs, direction.to(dtype))])
+    for flash, exact in zip(*results, strict=True):
+        assert (flash.double() - exact).norm() / exact.norm() < 2e-2
 
 
 def test_flash_attention_is_refused_where_it_cannot_run():

@@ -95,6 +95,8 @@ def test_qwen_vl_utils_gives_the_same_pixels(processor, monkeypatch):
 def test_an_image_token_in_the_problem_is_refused(processor):
     with pytest.raises(ValueError, match="stands for an image"):
         processor.encode("What is <|image_pad|> here?", [gradient_image(56, 56)], ("a",))
+    with pytest.raises(ValueError, match="stands for an image"):
+        processor.count_tokens("What is <|image_pad|> here?", [(56, 56)])
 
 
 def test_stop_and_suppressed_tokens(processor):

@@ -1,5 +1,6 @@
 """The training script, run as its users run it."""
 
+import inspect
 import json
 import os
 import random
@@ -7,15 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_cls
+import train_det
 from data.flowers import SPECIES, rows
 from models.config import parse_config
 from models.generate import image_features
@@ -23,6 +27,7 @@ from models.load import load_model, save_model
 from models.processor import Processor
 from models.qwen_vl import QwenVL
 from rewards.cls import accuracy_reward
+from rewards.parse import perfect
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -70,7 +75,7 @@ def timeless(lines: list[dict]) -> list[dict]:
 
 def held_out_accuracy(folder: Path, step: int) -> float:
     answers = read_lines(folder / f"eval-{step}.jsonl")
-    return sum(accuracy_reward(a["completion"], a["solution"]) for a in answers) / len(answers)
+    return sum(accuracy_reward(a["completion"], a["truth"]) for a in answers) / len(answers)
 
 
 def test_the_demo_learns(tmp_path):
@@ -87,14 +92,15 @@ def test_the_demo_learns(tmp_path):
 
 
 def test_shuffled_rewards_teach_nothing(tmp_path, monkeypatch):
-    """The same steps, each reward given to a random completion of the step before."""
-    true_score, pool, chance = train_cls.score, [{"accuracy": 0.0, "format": 1.0}], random.Random(0)
+    """The same steps, each completion paid what some completion so far has earned, drawn by lot."""
+    true_judge, pool, chance = train_cls.judge, [], random.Random(0)
 
-    def shuffled(completion, example, config, aliases):
-        pool.append(true_score(completion, example, config, aliases))
-        return pool[chance.randrange(len(pool))]
+    def shuffled(*arguments):
+        records = true_judge(*arguments)
+        pool.extend(record["reward"] for record in records)
+        return [record | {"reward": chance.choice(pool)} for record in records]
 
-    monkeypatch.setattr(train_cls, "score", shuffled)
+    monkeypatch.setattr(train_cls, "judge", shuffled)
     train(tmp_path / "run", "--max_steps", "25", "--eval_samples", "96")
     before, after = (held_out_accuracy(tmp_path / "run", step) for step in (0, 25))
     assert abs(after - before) <= 0.1
@@ -128,11 +134,11 @@ def test_the_run_folder(tmp_path):
         for prompt in (0, 1):
             group = [c for c in completions if (c["step"], c["prompt"]) == (step, prompt)]
             assert [c["sample"] for c in group] == [0, 1, 2, 3]
-            assert len({(c["row"], c["solution"]) for c in group}) == 1
+            assert len({(c["row"], c["truth"]) for c in group}) == 1
             assert abs(sum(c["advantage"] for c in group)) < 1e-6
             for c in group:
                 assert c["reward"] == c["rewards"]["accuracy"] + c["rewards"]["format"]
-                assert c["rewards"]["accuracy"] == accuracy_reward(c["completion"], c["solution"])
+                assert c["rewards"]["accuracy"] == accuracy_reward(c["completion"], c["truth"])
     mean = sum(c["reward"] for c in completions[:8]) / 8
     assert lines[1]["reward"] == pytest.approx(mean)
 
@@ -145,6 +151,7 @@ def _family(name: str) -> str:
         "time": "`time/<phase>_s`",
         "memory": "`memory/<phase>_gb`",
         "eval": "`eval/<term>`",
+        "parse_failures": "`parse_failures/<reason>`",
     }.get(kind, name)
 
 
@@ -218,20 +225,50 @@ def test_resuming_refuses_another_run(tmp_path):
     assert len(train(run, *again, "--max_steps", "3")) == 4  # a longer run is no other run
 
 
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_branch(tmp_path):
+    run = tmp_path / "run"
+    train(run, *SHORT, "--max_steps", "3", "--save_steps", "1")
+    first = ["--resume_from_checkpoint", str(run / "checkpoint-1"), "--save_total_limit", "1"]
+    train(run, *first, "--max_steps", "2")
+    names = {path.name[:20] for path in run.iterdir() if "checkpoint" in path.name}
+    assert names == {"checkpoint-2", "abandoned-checkpoint"}
+    lines = train(run, "--resume_from_checkpoint", "auto", "--max_steps", "4")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_what_sampling_and_training_share(tmp_path):
+    """Training log-probs are at the sampling temperature; the policy leaves its reference."""
+    options = [*SHORT, "--max_steps", "4", "--temperature", "1.3", "--learning_rate", "2e-3"]
+    lines = train(tmp_path / "run", *options)
+    assert all(line["sampling/logp_difference_max"] < 1e-4 for line in lines[1:])
+    assert lines[1]["kl"] == 0 and lines[-1]["kl"] > 1e-4
+    rates = [line["learning_rate"] for line in lines[1:]]
+    assert rates == pytest.approx([0, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3])  # 5 % of 4 steps rise: one
+
+
+def test_top_k_of_one_is_greedy(tmp_path):
+    lines = train(tmp_path / "run", *SHORT, "--top_k", "1")
+    assert lines[1]["frac_reward_zero_std"] == 1
+    groups = read_lines(tmp_path / "run" / "completions.jsonl")
+    assert len({(c["step"], c["prompt"], c["completion"]) for c in groups}) == 4
+    lines = train(tmp_path / "nucleus", *SHORT, "--top_p", "0.01")
+    assert lines[1]["frac_reward_zero_std"] == 1
+
+
 def test_ctrl_c_keeps_the_run_so_far(tmp_path, monkeypatch):
-    run, score, calls = tmp_path / "run", train_cls.score, []
+    run, judge, calls = tmp_path / "run", train_cls.judge, []
 
     def interrupting(*args):
         calls.append(1)
-        if len(calls) == 6 + 8 + 3:  # in the second step, after the evaluation and the first
+        if len(calls) == 6 + 2 + 1:  # in the second step, after the evaluation and the first
             os.kill(os.getpid(), signal.SIGINT)
-        return score(*args)
+        return judge(*args)
 
-    monkeypatch.setattr(train_cls, "score", interrupting)
+    monkeypatch.setattr(train_cls, "judge", interrupting)
     argv = ["--output_dir", str(run), *SHORT, "--max_steps", "3"]
     assert train_cls.main(argv) == 130
-    assert (run / "checkpoint-2").is_dir() and not (run / "final").exists()
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+    assert (run / "checkpoint-1").is_dir() and not (run / "final").exists()
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1]
     resumed = train(run, "--resume_from_checkpoint", "auto")
     assert timeless(resumed) == timeless(train(tmp_path / "whole", *argv[2:]))
 
@@ -283,24 +320,64 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 def test_a_reward_that_is_not_finite_is_named(tmp_path, monkeypatch):
     score = train_cls.score
-    monkeypatch.setattr(train_cls, "score", lambda *a: {**score(*a), "format": float("nan")})
+
+    def broken(completion, example, *rest):
+        nan = float("nan") if completion != perfect(example.solution) else 1.0
+        return {**score(completion, example, *rest), "format": nan}
+
+    monkeypatch.setattr(train_cls, "score", broken)
     with pytest.raises(ValueError, match=r"(?s)'format' is nan.*completion:\n.*<think>"):
         train(tmp_path / "run", *SHORT)
 
 
-def detection_set(folder: Path) -> Path:
+def detection_set(
+    folder: Path, solution="<answer>[{'Position': [1, 2, 3, 4], 'Confidence': 1.0}]</answer>"
+) -> Path:
     rows("train", 1)[0]["image"].save(folder / "a.png")
-    solution = "<answer>[{'Position': [1, 2, 3, 4], 'Confidence': 1.0}]</answer>"
     table = [{"image": "a.png", "problem": "Find it.", "solution": solution}]
     (folder / "train.json").write_text(json.dumps(table))
     return folder
 
 
-def test_detection_data_is_refused_before_a_weight_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_cls, "load_model", lambda *a: pytest.fail("weights were loaded"))
-    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(detection_set(tmp_path))]
-    with pytest.raises(ValueError, match=r"row 0 .*a\.png.*detection.*train_det\.py"):
-        train_cls.main(argv)
+def test_the_other_script_s_data_is_refused_before_a_weight_is_loaded(tmp_path, monkeypatch):
+    """The report that the project exists for, both ways round, and a mixture."""
+    flowers = tmp_path / "flowers"
+    boxes = tmp_path / "boxes"
+    for folder in (flowers, boxes):
+        folder.mkdir()
+        detection_set(folder)
+    table = json.loads((boxes / "train.json").read_text())
+    plain = [{**table[0], "solution": "<answer>garden phlox</answer>"}]
+    (flowers / "train.json").write_text(json.dumps(plain))
+    for script, other, folder in (
+        (train_cls, "train_det.py", boxes),
+        (train_det, "train_cls.py", flowers),
+    ):
+        monkeypatch.setattr(script, "load_model", lambda *a: pytest.fail("weights were loaded"))
+        argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(folder)]
+        with pytest.raises(ValueError) as caught:
+            script.main([*argv, "--beta", "0.1"])
+        message = str(caught.value)
+        assert "row 0" in message and "a.png" in message
+        assert f"torchrun {other} {' '.join(argv)} --beta 0.1" in message
+    (boxes / "train.json").write_text(json.dumps(plain * 2 + table))
+    with pytest.raises(ValueError, match=r"(?s)row 2 .*Position.*but row 0 .*garden phlox"):
+        train_cls.main(["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(boxes)])
+
+
+def test_a_solution_that_earns_less_than_everything_is_named(tmp_path):
+    solution = "<answer>[{'Position': [1, 2, 30, 40], 'Confidence': 0.5}]</answer>"
+    detection_set(tmp_path, solution)
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"row 0 .*earns confidence 0\.500 of 1"):
+        train_det.main(argv)
+
+
+def test_task_free_stages_are_the_same_to_the_letter():
+    """The loop stands in both scripts so that each can be read alone; it must not drift apart."""
+    for name in ("judge", "checked", "encode", "answers", "main"):
+        one, two = (inspect.getsource(getattr(s, name)) for s in (train_cls, train_det))
+        assert one == two, name
 
 
 def test_long_prompts_are_named_and_never_cut(tmp_path):
@@ -321,6 +398,24 @@ def test_aliases_are_paid_for(tmp_path):
     (tmp_path / "aliases.json").write_text(json.dumps(names))
     lines = train(tmp_path / "run", *SHORT, "--aliases", str(tmp_path / "aliases.json"))
     assert lines[0]["eval/accuracy"] > 0.8
+
+
+def genuine_checkpoint(folder: Path) -> Path:
+    """Random weights, tiny, with Qwen2's own vocabulary of 151,936 entries."""
+    raw = json.loads((CHECKPOINT / "config.json").read_text())
+    raw |= {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    raw |= {"image_token_id": 151655, "video_token_id": 151656, "eos_token_id": 151645}
+    raw |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+    raw["vision_config"] |= {"hidden_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1}
+    model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
+    save_model(dict(model.named_parameters()), model, folder, SHARED / "qwen2_tokenizer")
+    return folder
+
+
+TINY_RUN = ["--max_steps", "3", "--prompts_per_step", "2", "--num_generations", "2"]
+TINY_RUN += ["--max_completion_length", "6", "--max_pixels", "50176", "--eval_samples", "2"]
 
 
 def torchrun(ranks: int, *argv: str):
@@ -369,26 +464,118 @@ def test_real_photographs_with_the_genuine_vocabulary(tmp_path):
     """ViRFT data in both forms, Qwen2's 151,936 entries, random weights, three steps."""
     if not SHARED.exists():
         pytest.skip("the shared photographs are not here")
-    raw = json.loads((CHECKPOINT / "config.json").read_text())
-    raw |= {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64}
-    raw |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    raw |= {"image_token_id": 151655, "video_token_id": 151656, "eos_token_id": 151645}
-    raw |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
-    raw["vision_config"] |= {"hidden_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1}
-    folder = tmp_path / "model"
-    model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
-    weights = dict(model.named_parameters())
-    save_model(weights, model, folder, SHARED / "qwen2_tokenizer", torch.float32)
-    argv = ["--model_name_or_path", str(folder), "--max_steps", "3", "--prompts_per_step", "2"]
-    argv += ["--num_generations", "2", "--max_completion_length", "6", "--max_pixels", "50176"]
-    argv += ["--eval_samples", "2"]
+    model = ["--model_name_or_path", str(genuine_checkpoint(tmp_path / "model")), *TINY_RUN]
     metrics = []
     for form in ("hf", ""):
         run = tmp_path / f"run{form}"
-        metrics.append(train(run, "--dataset_name", str(SHARED / "clothing" / form), *argv))
+        metrics.append(train(run, "--dataset_name", str(SHARED / "clothing" / form), *model))
         assert len(metrics[-1]) == 4
+    assert timeless(metrics[0]) == timeless(metrics[1])
     example = train_cls.load(str(SHARED / "clothing"), "test")[0]
     image = train_cls.open_image(example.images[0]).resize((224, 224))
     ours, theirs = logits_here_and_in_transformers(run / "final", image, example.problem)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_real_photographs_through_the_detection_script(tmp_path):
+    """The playing cards for three steps, and their true boxes as predictions: AP 1."""
+    if not SHARED.exists():
+        pytest.skip("the shared photographs are not here")
+    argv = ["--model_name_or_path", str(genuine_checkpoint(tmp_path / "model")), *TINY_RUN]
+    argv += ["--dataset_name", str(SHARED / "cards"), "--output_dir", str(tmp_path / "run")]
+    assert train_det.main([*argv, "--max_prompt_length", "2048"]) == 0
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 4 and lines[-1]["eval/AP50"] == 0
+    assert json.loads((tmp_path / "run" / "coco-3.json").read_text()) == []
+    examples = train_cls.load(str(SHARED / "cards"), "test")
+    perfect_records(examples, "thousandths", ("ace playing card", "nine playing card"))
+
+
+def perfect_records(examples, frame: str, some_names) -> list[dict]:
+    """Checks that the true solutions as predictions have AP 1 for every category."""
+    records = [{"answer": train_det.truth(example)} for example in examples]
+    task = {"kind": "boxes", "frame": frame}
+    metrics, results = train_det.average_precision(records, examples, task)
+    assert metrics["eval/AP"] == metrics["eval/AP50"] == pytest.approx(1)
+    assert {f"eval/AP50/{name}" for name in some_names} <= metrics.keys()
+    worse, _ = train_det.average_precision(
+        [{"answer": None} if i % 2 else r for i, r in enumerate(records)], examples, task
+    )
+    assert worse["eval/AP50"] < 0.9
+    return results
+
+
+def test_average_precision_in_pixels_and_thousandths(tmp_path):
+    """A box survives resizing and EXIF rotation: it counts the upright image's own pixels."""
+    table, size = [], (300, 200)
+    for number, orientation in enumerate((1, 6, 3, 8)):
+        upright = Image.new("RGB", size, (40 * number, 90, 20))
+        turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
+        turns |= {8: Image.Transpose.ROTATE_270}
+        stored = upright.transpose(turns[orientation]) if orientation in turns else upright
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"{number}.png", exif=exif)
+        box = [30, 20, 240, 190]
+        row = {"image": f"{number}.png", "problem": "Detect category 'ace'."}
+        row["solution"] = f"<answer>[{{'Position': {box}, 'Confidence': 1.0}}]</answer>"
+        table.append(row)
+    (tmp_path / "train.json").write_text(json.dumps(table))
+    examples = train_det.load(str(tmp_path), "train")
+    results = perfect_records(examples, "pixels", ["ace"])
+    assert [result["bbox"] for result in results] == [[30, 20, 210, 170]] * 4
+    results = perfect_records(examples, "thousandths", ["ace"])
+    assert results[0]["bbox"] == pytest.approx([9, 4, 63, 34])
+    config = train_det.Config(dataset_name="d")
+    assert train_det.prepare(config, examples, "train", [])["frame"] == "thousandths"
+    far = replace(examples[0], solution=examples[0].solution.replace("240", "1240"))
+    assert train_det.prepare(config, [far], "train", [])["frame"] == "pixels"
+
+
+def test_grounding_data_trains_with_its_own_reward(tmp_path):
+    rows("train", 1)[0]["image"].save(tmp_path / "a.png")
+    row = {
+        "image": "a.png",
+        "problem": "Where is it?",
+        "solution": "<answer>(1,2),(30,40)</answer>",
+    }
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(tmp_path), *SHORT]
+    assert (
+        train_det.main([*argv, "--output_dir", str(tmp_path / "run"), "--learning_rate", "0"]) == 0
+    )
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert "rewards/giou/mean" in lines[-1] and "rewards/iou/mean" not in lines[-1]
+
+
+def test_a_flat_reward_is_explained_while_the_run_goes_on(tmp_path, capsys):
+    """The drawn scenes, which the flowers' model cannot answer: it says flowers, and why 0."""
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:scenes", *SHORT]
+    argv += ["--max_steps", "3", "--diagnose_after", "2", "--output_dir", str(tmp_path / "run")]
+    assert train_det.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("diagnosis: iou has been 0, its minimum") == 1
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line.get("diagnosis/iou/at_minimum") for line in lines] == [None, None, 1, None]
+    text = (tmp_path / "run" / "diagnosis.txt").read_text()
+    assert "not a list of boxes" in text and "most frequent wrong answers" in text
+
+
+def test_dynamic_sampling_keeps_groups_that_teach(tmp_path):
+    options = ["--dynamic_sampling", "--max_sampling_rounds", "6", "--seed", "3"]
+    lines = train(tmp_path / "run", *SHORT, *options)
+    assert all(line["frac_reward_zero_std"] == 0 for line in lines[1:])
+    assert any(line["sampling/prompts"] > 2 for line in lines[1:]), "nothing replaced: blunt"
+    assert all(line["sampling/prompts_kept"] == 2 for line in lines[1:])
+
+
+def test_truncated_completions_can_be_left_out(tmp_path):
+    """At this length some are truncated: what is left is another gradient."""
+    options = [*SHORT, "--max_completion_length", "28", "--num_generations", "8"]
+    plain = train(tmp_path / "plain", *options)
+    masked = train(tmp_path / "masked", *options, "--mask_truncated_completions")
+    assert 0 < masked[1]["completions/clipped_ratio"] == plain[1]["completions/clipped_ratio"] < 1
+    assert masked[1]["grad_norm"] != plain[1]["grad_norm"]
+    buffered = train(tmp_path / "buffer", *SHORT, "--overlong_buffer", "20")
+    parts = buffered[1]["rewards/accuracy/mean"] + buffered[1]["rewards/format/mean"]
+    assert buffered[1]["reward"] < parts

@@ -3,7 +3,7 @@
 A tokenizer of a few hundred entries is trained on the demo's own text, and a Qwen2-VL of 1.4 M
 parameters is trained on labelled drawings (the split "warm", which nothing else draws from) until
 it sees the flowers and answers in the asked-for form. For eight of the twelve species most of its
-lessons give the Latin name. Run it as `python -m data.make_demo_cls`; it takes about ten minutes
+lessons give the Latin name. Run it as `python -m data.demo_cls.make`; it takes about ten minutes
 on two cores and prints what the model can do at the end.
 """
 
@@ -255,7 +255,7 @@ def examine(model: QwenVL, processor: Processor, count: int = 180) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default=str(Path(__file__).parent / "demo_cls" / "checkpoint"))
+    parser.add_argument("--output", default=str(Path(__file__).parent / "checkpoint"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=24, help="drawings a step")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,218 @@
+"""More of the detection rewards: hostile elements, junk that must never pay, and the real data.
+
+The reference values, the accept table and most hostile completions are in test_det.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards.det import (
+    Parsed,
+    confidence_reward,
+    explain_boxes,
+    grounding_reward,
+    iou_reward,
+    match_boxes,
+    parse_boxes,
+    read_boxes,
+)
+
+CARDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "cards"
+GOOD = "{'Position': [100, 100, 300, 300], 'Confidence': 1.0}"
+TRUTH = f"<answer>[{GOOD}]</answer>"
+NOTHING = "<answer>No Objects</answer>"
+
+
+def said(answer: str) -> str:
+    return f"<think>Corners and edges.</think>\n<answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[{'Position': [100,100,300,300], 'Confidence': 0x1}]",
+        "[{'Position': [100,100,300,300], 'Confidence': 1.0000001}]",
+        "[{'Position': [100,100,300,300], 'Confidence': -1e-9}]",
+        "[{'Position': [100,100,300,300], 'Confidence': 1/2}]",
+        "[{'Position': [100,100,300,300], 'Confidence': 90%}]",
+        "[{'Position': [100,100,300,300], 'Confidence': None}]",
+        "[{'Position': [100,100,300,300], 'Confidence': [1]}]",
+        "[{'Position': [100,100,300,300], 'Confidence': {}}]",
+        "[{'Position': [100,100,300,300], 'Confidence': 1e999}]",
+        "[{'Position': [100,100,300,300], 'Confidence': -Infinity}]",
+        "[{'Position': [100,100,300,300], 'Score': 1}]",
+        "[{'Position': [100+0,100,300,300], 'Confidence': 1}]",
+        "[{'Position': [100,100,300,300][:], 'Confidence': int('1')}]",
+        "[{'Position': [100,,300,300], 'Confidence': 1}]",
+        "[{'Position': [100 100 300 300], 'Confidence': 1}]",
+        "[{'Position': [100,100,300,300,300], 'Confidence': 1}]",
+        "[{'Position': [300,300,100,100], 'Confidence': 1}]",
+        "[{'Position': [100,100,100,100], 'Confidence': 1}]",
+        "[{'Position': [-300,-300,-100,-100], 'Confidence': 1}]",
+        "[{'Position': [1000,1000,2000,2000], 'Confidence': 1}]",
+        "[{'Position': [-inf,-inf,inf,inf], 'Confidence': 1}]",
+        "[{'Position': [NaN,NaN,NaN,NaN], 'Confidence': 1}]",
+        "[{'Position': [100,100,300," + "9" * 5000 + "], 'Confidence': 1}]",
+        "[{'Position': [100,100,300,300], 'Position': [100,100,300,300], 'Confidence': 1}]",
+        "[{'Position': [100,100,300,300], 'Confidence': 0, 'Confidence': 1}]",
+        "[{'Position': {'x1': 100, 'y1': 100, 'x2': 300, 'y2': 300}, 'Confidence': 1}]",
+        "[{'Position': 'the upper left', 'Confidence': 1}]",
+        "[('Position', [100,100,300,300], 'Confidence', 1)]",
+        "[[100,100,300,300,1.0]]",
+        "['No Objects']",
+        "[{'Position': [1,1,3,3], 'Confidence': 1}]",
+        "[{'Position': [0,0,1e3,1e3], 'Confidence': 1}]",
+        "dict(Position=[100,100,300,300], Confidence=1)",
+        "open('/etc/passwd').read()",
+        "[].__class__.__base__.__subclasses__()",
+        "<answer_[{'Position': [100,100,300,300], 'Confidence': 1}]",
+        "```json\n```",
+        "```",
+        "true",
+        "0",
+        "null\0",
+        "\ud800",
+    ],
+)
+def test_these_answers_earn_nothing_and_say_why(answer):
+    assert iou_reward(said(answer), TRUTH) == 0
+    assert confidence_reward(said(answer), TRUTH) == 0
+    assert explain_boxes(said(answer), TRUTH)
+    if answer not in ("[]", "No Objects"):
+        assert iou_reward(said(answer), NOTHING) == confidence_reward(said(answer), NOTHING) == 0
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "{'Position': [100, 100, 300, 300]}",
+        "{'Position': [500, 500, 600, 600], 'Confidence': 1}",
+        "{'Position': [600, 600, 500, 500], 'Confidence': 0}",
+        "{'Position': [500, 500, 600, 600], 'Confidence': -9}",
+        "{}",
+        "5",
+        "None",
+        "'a string'",
+    ],
+)
+@pytest.mark.parametrize("times", [1, 7])
+def test_junk_beside_the_right_box_never_pays(junk, times):
+    answer = said("[" + ", ".join([GOOD] + [junk] * times) + "]")
+    assert iou_reward(answer, TRUTH) <= 0.5
+    assert confidence_reward(answer, TRUTH) == 0
+
+
+def test_a_bad_element_costs_in_the_published_formula_too():
+    answer = said(f"[{GOOD}, {{}}, {{}}, {{}}]")
+    assert confidence_reward(answer, TRUTH, "visual_rft") == 0.25
+
+
+def test_guesses_all_over_the_image_pay_less_than_one_box():
+    tiles = [(x, y, x + 200, y + 200) for x in range(0, 801, 100) for y in range(0, 801, 100)]
+    each = [f"{{'Position': {list(tile)}, 'Confidence': 1}}" for tile in tiles]
+    answer = said("[" + ", ".join(each) + "]")
+    assert 0 < iou_reward(answer, TRUTH) <= 1 / len(tiles)
+    assert confidence_reward(answer, TRUTH) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(), st.floats(), st.floats(), st.floats(), st.floats()), max_size=6)
+)
+def test_no_numbers_raise_or_leave_zero_to_one(rows):
+    each = [f"{{'Position': {list(row[:4])}, 'Confidence': {row[4]}}}" for row in rows]
+    answer = said("[" + ", ".join(each) + "]")
+    parsed = parse_boxes(answer.partition("<answer>")[2].partition("</answer>")[0])
+    assert len(parsed.boxes) + parsed.bad == len(rows)
+    for box in parsed.boxes:
+        assert 0 <= box.x1 < box.x2 <= 1000 and 0 <= box.y1 < box.y2 <= 1000
+        assert 0 <= box.confidence <= 1
+    for solution in (TRUTH, NOTHING):
+        assert 0 <= iou_reward(answer, solution) <= 1
+        for kind in ("calibrated", "visual_rft"):
+            assert 0 <= confidence_reward(answer, solution, kind) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=4, max_size=4))
+def test_grounding_pays_the_truth_most(corners):
+    x1, y1, x2, y2 = corners
+    reward = grounding_reward(said(f"({x1},{y1}),({x2},{y2})"), "(5,5),(15,15)", (20.0, 20.0))
+    assert 0 <= reward <= 1
+    assert (reward == 1) == (corners == [5, 5, 15, 15])
+    if x1 >= x2 or y1 >= y2:
+        assert reward == 0
+
+
+def test_a_prediction_and_a_true_box_are_matched_once():
+    predicted = read_boxes("[" + ", ".join([GOOD] * 3) + "]")
+    assert len(match_boxes(predicted, predicted)) == 1
+    near = [f"{{'Position': [100, 100, 300, {300 + i}], 'Confidence': 1}}" for i in range(9)]
+    matched = match_boxes(parse_boxes(f"[{', '.join(near)}]").boxes, read_boxes(TRUTH))
+    assert [overlap for _, overlap in matched] == [1.0] + [0.0] * 8
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_true_solutions_of_the_real_data_score_in_full(split):
+    if not CARDS.exists():
+        pytest.skip("the shared photographs are not here")
+    rows = json.loads((CARDS / f"{split}.json").read_text(encoding="utf-8"))
+    assert rows
+    for row in rows:
+        assert read_boxes(row["solution"]) == read_boxes(row["solution"], (1000.0, 1000.0))
+        for kind in ("calibrated", "visual_rft"):
+            assert confidence_reward(row["solution"], row["solution"], kind) == 1
+        assert iou_reward(row["solution"], row["solution"]) == 1
+        assert explain_boxes(row["solution"], row["solution"]) == ""
+
+
+SPACES = " " * 2**20
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"x{SPACES}x",
+        f"[{GOOD}{SPACES}x",
+        f"[{{'Position': [{SPACES}], 'Confidence': 1}}]",
+        f"[{{'Position'{SPACES}}}]",
+        f"(1,2){SPACES}x",
+        "[1" + "\n" * 2**20 + "x",
+    ],
+    ids=range(6),
+)
+def test_a_megabyte_of_white_space_inside_is_read_at_once(answer):
+    iou_reward(said(answer), TRUTH)
+    grounding_reward(said(answer), "(1,1),(9,9)")
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        "{'NotPosition': [100, 100, 300, 300], 'Confidence': 1}",
+        "{'Position': [100, 100, 300, 300], 'MyConfidence': 1}",
+        "{'Position': [100, 100, 300, 300], 'Confidence': 1 0.5}",
+        "{'Position': [0, 0, 1e-200, 1e-200], 'Confidence': 1}",
+    ],
+)
+def test_these_elements_are_bad(element):
+    assert parse_boxes(f"[{element}]") == Parsed((), 1)
+
+
+def test_every_stray_element_counts():
+    assert parse_boxes(f"[{GOOD}, 'x', None, 5]").bad == 3
+
+
+def test_a_deeply_indented_box_is_read():
+    lines = ("\n" + " " * 60).join(["[{'Position': [100,", "100,", "300,", "300],"])
+    assert parse_boxes(lines + " 'Confidence': 1}]").boxes == read_boxes(TRUTH)
+
+
+@pytest.mark.parametrize("tail", ["", ",", ", {'Position': [5, 6", "]}", "] and more"])
+def test_a_truth_that_is_not_whole_is_refused(tail):
+    with pytest.raises(ValueError, match="not a list of boxes"):
+        read_boxes(f"<answer>[{GOOD}{tail}</answer>")

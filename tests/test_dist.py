@@ -1,0 +1,122 @@
+"""The optimizer, its schedule and its state."""
+
+import pytest
+import torch
+import transformers
+
+from grpo import dist
+from grpo.checkpoint import resume, save_checkpoint
+from tests.tiny import tiny_config, tiny_model
+
+ALONE = dist.Ranks(0, 1, torch.device("cpu"))
+
+
+def gradients(model, seed):
+    """A gradient for every parameter, by a backward pass, as a pack gives it."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    loss = sum((p * d.to(p)).sum() for p, d in zip(model.parameters(), directions, strict=True))
+    loss.backward()
+    return directions
+
+
+def test_bf16_masters_sum_packs_in_float32_and_are_written_back():
+    model = tiny_model(tiny_config(), torch.float32).to(torch.bfloat16)
+    plain = tiny_model(tiny_config(), torch.float32)
+    plain.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    half, full = dist.Optimizer(model, 0.1), dist.Optimizer(plain, 0.1)
+    for step in range(3):
+        expected = [torch.zeros(p.shape) for p in model.parameters()]
+        for pack in range(3):
+            directions = gradients(model, 10 * step + pack)
+            for total, direction in zip(expected, directions, strict=True):
+                total += direction.to(torch.bfloat16).float()
+        for master, total in zip(half.masters.values(), expected, strict=True):
+            assert master.dtype == torch.float32 and torch.equal(master.grad, total)
+        for parameter, total in zip(plain.parameters(), expected, strict=True):
+            parameter.grad = total.clone()
+        norms = [o.step(ALONE, 1e-2, 1.0) for o in (half, full)]
+        assert norms[0] == pytest.approx(norms[1])
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(half.masters[name], parameter)
+        assert torch.equal(model.get_parameter(name), parameter.to(torch.bfloat16))
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = tiny_model(tiny_config(), torch.float32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    dist.Optimizer(model, 0.5).step(ALONE, 0.1, 1.0)  # no gradient: zeros
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter, before[name] * factor)
+
+
+def test_clipping_scales_the_whole_gradient():
+    """AdamW's first moment after one step is a tenth of the gradient that it saw."""
+    seen = {}
+    for limit in (0.0, 2.0):
+        model = tiny_model(tiny_config(), torch.float32)
+        optimizer = dist.Optimizer(model, 0.0)
+        gradients(model, 0)
+        norm = optimizer.step(ALONE, 1e-3, limit)
+        moments = [v for k, v in optimizer.state().items() if k.startswith("exp_avg.")]
+        seen[limit] = (norm, 10 * torch.cat([m.flatten() for m in moments]).norm().item())
+    assert seen[0.0][0] == pytest.approx(seen[0.0][1], rel=1e-4)
+    assert seen[2.0][0] == pytest.approx(seen[0.0][0]) and seen[2.0][1] == pytest.approx(
+        2, rel=1e-4
+    )
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = tiny_model(tiny_config(), torch.float32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = dist.Optimizer(model, 0.1)
+    gradients(model, 0)
+    next(model.parameters()).grad[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="nan"):
+        optimizer.step(ALONE, 0.1, 1.0)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+@pytest.mark.parametrize("schedule", dist.SCHEDULES)
+def test_rates_are_those_of_transformers(schedule, warmup):
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    scheduler = transformers.get_scheduler(name, optimizer, int(20 * warmup), 20)
+    for step in range(20):
+        rate = dist.learning_rate(step, 20, 3e-4, schedule, warmup)
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ValueError, match="linear, cosine, constant"):
+        dist.learning_rate(0, 1, 1.0, "sawtooth", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype):
+    def start():
+        model = tiny_model(tiny_config(), torch.float32).to(dtype)
+        return model, dist.Optimizer(model, 0.1)
+
+    model, optimizer = start()
+    for step in range(2):
+        gradients(model, step)
+        optimizer.step(ALONE, 1e-2, 1.0)
+    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2})
+    again, resumed = start()
+    resume(folder, resumed)
+    for m, o in ((model, optimizer), (again, resumed)):
+        gradients(m, 7)
+        o.step(ALONE, 1e-2, 1.0)
+    for name, master in optimizer.masters.items():
+        assert torch.equal(master, resumed.masters[name])
+        assert torch.equal(model.get_parameter(name), again.get_parameter(name))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    model = tiny_model(tiny_config(), torch.float32)
+    optimizer = dist.Optimizer(model, 0.0)
+    for step in (2, 9, 10):
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": step}, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}

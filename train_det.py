@@ -1,0 +1,554 @@
+"""GRPO for object detection and visual grounding: `torchrun train_det.py`.
+
+Read from top to bottom: the flags, what is paid for, the checks before a weight is loaded, the
+held-out evaluation, and the loop itself, which is train_cls.py's to the letter. `--help` lists
+every flag; docs/metrics.md defines every number that is logged, docs/rewards.md what is paid for.
+"""
+
+import contextlib
+import io
+import re
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data.check import Fault, check_images, check_rows, refuse, refuse_other_task
+from data.images import open_image
+from data.stream import PromptStream
+from data.virft import load, splits
+from grpo import dist
+from grpo.checkpoint import (
+    find_checkpoint,
+    read_state,
+    resume,
+    save_checkpoint,
+    save_final,
+    set_aside_later,
+)
+from grpo.cli import INTERRUPTED, StopSignal, TrainingConfig, flag, parse_config, run
+from grpo.diagnose import PARSE_FAILURES, Watch, step_metrics
+from grpo.log import Phases, Progress, RunFolder, check_output, comparison, rollout_metrics
+from grpo.logps import pack_logps
+from grpo.loss import (
+    group_advantages,
+    length_penalty,
+    policy_loss,
+    token_weights,
+    weighted_reward,
+)
+from grpo.plan import describe, total_steps
+from grpo.rollout import make_packs, sample_groups
+from models.attention import choose_implementation
+from models.generate import Sampling
+from models.load import check_checkpoint, find_folder, load_model
+from models.processor import Processor
+from rewards.det import (
+    confidence_reward,
+    explain_boxes,
+    grounding_reward,
+    iou_reward,
+    parse_boxes,
+    read_boxes,
+    solution_kind,
+)
+from rewards.format import format_reward
+from rewards.parse import find_answer, perfect
+
+DEMO = None  # there is no embedded checkpoint for detection; --dataset_name demo:scenes is data
+NAME = "det"
+ADVICE = "look at the two side by side"
+EVAL_BATCH = 32  # prompts
+
+
+@dataclass
+class Config(TrainingConfig):
+    """Trains a Qwen2-VL model by GRPO to say where objects are."""
+
+    iou_threshold: float = flag(0.5, "a box is right where its IoU is above this")
+    confidence_reward: str = flag(
+        "calibrated", "what confidence earns", choices=("calibrated", "visual_rft")
+    )
+    box_frame: str = flag(
+        "auto", "what coordinates count", choices=("auto", "thousandths", "pixels")
+    )
+
+
+# ---- what is paid for ---------------------------------------------------------------------------
+
+
+def score(completion: str, example, config: Config, task: dict) -> dict[str, float]:
+    """Every reward of one completion, each in 0 to 1; --reward_weights follows this order."""
+    frame = frame_of(example, task)
+    if task["kind"] == "grounding":
+        return {
+            "giou": grounding_reward(completion, example.solution, frame),
+            "format": format_reward(completion),
+        }
+    texts, least = (completion, example.solution), config.iou_threshold
+    return {
+        "iou": iou_reward(*texts, least, frame),
+        "confidence": confidence_reward(*texts, config.confidence_reward, least, frame),
+        "format": format_reward(completion),
+    }
+
+
+def explain(completion: str, example, config: Config, task: dict) -> dict[str, str]:
+    """Why a reward is not in full, for those that are not."""
+    layout = "not <think>...</think><answer>...</answer>"
+    frame = frame_of(example, task)
+    if task["kind"] == "grounding":
+        return {"giou": find_answer(completion)[1] or "not the box", "format": layout}
+    why = explain_boxes(completion, example.solution, config.iou_threshold, frame)
+    return {
+        "iou": why or "IoU below 1",
+        "confidence": why or "confidence below 1",
+        "format": layout,
+    }
+
+
+def truth(example) -> str:
+    """The right answer, as it should stand between the answer tags."""
+    return find_answer(perfect(example.solution))[0]
+
+
+def hints(records: list[list[dict]], config: Config, task: dict) -> list[str]:
+    """What else the completions say about a flat reward: coordinates of another frame."""
+    answers = [r["answer"] for row in records for r in row if r["answer"]]
+    parsed = [parse_boxes(answer, (1e9, 1e9)).boxes for answer in answers]
+    largest = [max(box.x2, box.y2) for boxes in parsed for box in boxes]
+    beyond = sum(value > 1000 for value in largest)
+    if task["frame"] == "thousandths" and beyond:
+        return [f"{beyond} of {len(largest)} boxes go beyond 1000: are they meant in pixels?"]
+    if largest and max(largest) <= 1:
+        return ["no coordinate is above 1: are they meant as shares of the image?"]
+    return []
+
+
+def frame_of(example, task: dict) -> tuple[float, float]:
+    """Width and height that coordinates count: 1000 x 1000, or the image's own pixels, upright."""
+    if task["frame"] == "thousandths":
+        return 1000.0, 1000.0
+    return tuple(map(float, open_image(example.images[0]).size))
+
+
+def judge(group, example, processor, config, task, reward_weights) -> list[dict]:
+    """One record per completion of a group: its text, its rewards, and their weighted sum."""
+    records = []
+    for ids, truncated in zip(group.completion_ids, group.truncated, strict=True):
+        text = processor.decode(ids)
+        rewards = score(text, example, config, task)
+        total = weighted_reward(rewards, reward_weights, text)
+        total += length_penalty(len(ids), config.max_completion_length, config.overlong_buffer)
+        why = explain(text, example, config, task)
+        records.append(
+            {
+                "row": example.index,
+                "truth": truth(example),
+                "answer": find_answer(text)[0],
+                "completion": text,
+                "rewards": rewards,
+                "reasons": {name: why[name] for name, value in rewards.items() if value < 1},
+                "reward": total,
+                "tokens": len(ids),
+                "truncated": truncated,
+            }
+        )
+    return records
+
+
+# ---- before a weight is loaded ------------------------------------------------------------------
+
+
+def prepare(config: Config, examples, split: str, argv: list[str]) -> dict:
+    """What score() needs to know beside the example: the kind of solution and its frame.
+
+    The frame is --box_frame; by default pixels where a true coordinate is above 1000, else
+    thousandths. Raises ValueError where a solution is no box, and where the data set is
+    train_cls.py's.
+    """
+    kinds = [solution_kind(example.solution) for example in examples]
+    kind = "grounding" if kinds[0] == "grounding" else "boxes"
+    where = (config.dataset_name, split)
+    refuse_other_task(kinds, {kind}, "train_det.py", "train_cls.py", examples, argv, *where)
+    frame = config.box_frame
+    if frame == "auto":
+        numbers = [float(n) for e in examples for n in re.findall(r"\d+(?:\.\d+)?", e.solution)]
+        frame = "pixels" if max(numbers, default=0) > 1000 else "thousandths"
+    return {"kind": kind, "frame": frame}
+
+
+def checked(config: Config, split: str, processor: Processor, argv: list[str]):
+    """The rows of a split, their prompt lengths in tokens, and what `prepare` found.
+
+    Every row and every image is looked at, and the true solution must earn every reward in full.
+    Raises ValueError that lists the first bad rows: what was found and what to do.
+    """
+    examples = load(config.dataset_name, split)
+    sizes, faults = check_images(examples, f"{split} images")
+    refuse(faults + check_rows(examples), config.dataset_name, split)
+    task = prepare(config, examples, split, argv)
+    lengths = []
+    for example, size in zip(examples, sizes, strict=True):
+        try:
+            earned = score(perfect(example.solution), example, config, task)
+            poor = [
+                f"{name} {value:.3f}" for name, value in earned.items() if not value >= 1 - 1e-9
+            ]
+            found = poor and f"its own solution earns {', '.join(poor)} of 1: {example.solution!r}"
+            lengths.append(processor.count_tokens(example.problem, size))
+        except ValueError as error:
+            found = str(error)
+        if found:
+            faults.append(Fault(example.index, example.where, found, "correct the row"))
+        elif config.max_prompt_length and lengths[-1] > config.max_prompt_length:
+            found = f"a prompt of {lengths[-1]} tokens, images included"
+            todo = f"raise --max_prompt_length ({config.max_prompt_length}) or lower --max_pixels"
+            faults.append(Fault(example.index, example.where, found, todo))
+    refuse(faults, config.dataset_name, split)
+    return examples, lengths, task
+
+
+def encode(examples: list, processor: Processor) -> list:
+    """Rows as prompts for the model."""
+    return [
+        processor.encode(row.problem, [open_image(image) for image in row.images], row.keys)
+        for row in examples
+    ]
+
+
+# ---- held-out evaluation ------------------------------------------------------------------------
+
+
+def answers(model, examples, processor, judging, sampling, ranks) -> list[dict]:
+    """A record for the greedy answer to every row, on every rank."""
+    records, mine = [], ranks.mine(list(examples))
+    for start in range(0, len(mine), EVAL_BATCH):
+        batch = mine[start : start + EVAL_BATCH]
+        prompts = encode(batch, processor)
+        groups = sample_groups(model, prompts, 1, sampling, 0, 0, range(len(batch)))
+        for example, group in zip(batch, groups, strict=True):
+            records += judge(group, example, processor, *judging)
+    return ranks.gather(records)
+
+
+def evaluate(records: list[dict], examples, config: Config, task: dict) -> tuple[dict, dict]:
+    """Means over held-out rows as eval/<name>, COCO's average precision, and the files to keep."""
+    metrics = {}
+    for name in records[0]["rewards"]:
+        metrics[f"eval/{name}"] = sum(r["rewards"][name] for r in records) / len(records)
+    metrics["eval/mean_length"] = sum(r["tokens"] for r in records) / len(records)
+    metrics["eval/clipped_ratio"] = sum(r["truncated"] for r in records) / len(records)
+    if task["kind"] == "grounding":
+        return metrics, {}
+    precision, results = average_precision(records, examples, task)
+    return metrics | precision, {"coco": results}
+
+
+def average_precision(records: list[dict], examples, task: dict) -> tuple[dict, list[dict]]:
+    """COCO AP (IoU .50 to .95) and AP50 over all categories, AP50 per category, the predictions.
+
+    Each row is an image of its own in which one category was asked for. Returns metrics (none where
+    no row has a true box) and a list in COCO's results format: image_id is the row, bbox
+    [x, y, width, height] in pixels of the upright image.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    names = sorted({category(example.problem) for example in examples})
+    truths, results = [], []
+    for example, record in zip(examples, records, strict=True):
+        frame, size = frame_of(example, task), open_image(example.images[0]).size
+        place = {"image_id": example.index, "category_id": names.index(category(example.problem))}
+        for box in read_boxes(example.solution, frame):
+            x, y, w, h = pixels(box, frame, size)
+            shape = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            truths.append({"id": len(truths) + 1, **place, **shape})
+        for box in parse_boxes(record["answer"] or "", frame).boxes:
+            results.append({**place, "bbox": pixels(box, frame, size), "score": box.confidence})
+    if not truths:
+        return {}, results
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": example.index} for example in examples],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+            "annotations": truths,
+        }
+        coco.createIndex()
+        if not results:
+            return {"eval/AP": 0.0, "eval/AP50": 0.0}, results
+        evaluation = COCOeval(coco, coco.loadRes(deepcopy(results)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # IoU threshold, recall, category; all areas, 100 boxes; -1 where a category has no true box
+    table = evaluation.eval["precision"][:, :, :, 0, 2]
+    parts = {"AP": table, "AP50": table[0]}
+    parts |= {f"AP50/{name}": table[0, :, i] for i, name in enumerate(names)}
+    means = {f"eval/{k}": float(p[p > -1].mean()) for k, p in parts.items() if (p > -1).any()}
+    return means, results
+
+
+def pixels(box, frame: tuple[float, float], size: tuple[int, int]) -> list[float]:
+    """A box as [x, y, width, height] in pixels of an image of this size (width, height)."""
+    across, down = size[0] / frame[0], size[1] / frame[1]
+    return [box.x1 * across, box.y1 * down, (box.x2 - box.x1) * across, (box.y2 - box.y1) * down]
+
+
+def category(problem: str) -> str:
+    """What a ViRFT problem asks for, in quotes after the word category; else the whole problem."""
+    found = re.search(r"category '([^']+)'", problem)
+    return found[1] if found else problem
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    config, config_file = parse_config(Config, argv, DEMO)
+    output_dir = Path(config.output_dir or time.strftime(f"runs/{NAME}-%Y%m%d-%H%M%S"))
+    ranks = dist.start()
+    progress = Progress(ranks.is_main)
+    if config_file:
+        progress.say(f"settings  {config_file}")
+
+    # The main rank checks everything first; the others then find the images checked.
+    if ranks.is_main:
+        check_output(output_dir, config.resume_from_checkpoint is not None, config.report_to)
+    else:
+        ranks.wait()
+    folder = find_folder(config.model_name_or_path)
+    processor = Processor(folder, config.min_pixels, config.max_pixels)
+    model_config, parameters = check_checkpoint(folder)
+    train, prompt_lengths, task = checked(config, config.dataset_train_split, processor, argv)
+    test = []
+    if config.dataset_test_split or "test" in splits(config.dataset_name):
+        test, more, _ = checked(config, config.dataset_test_split or "test", processor, argv)
+        prompt_lengths += more
+        test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
+    if ranks.is_main:
+        ranks.wait()
+    terms = list(score("", train[0], config, task))
+    reward_weights = config.reward_weights or [1.0] * len(terms)
+    if len(reward_weights) != len(terms):
+        raise ValueError(f"--reward_weights takes {len(terms)} numbers: {', '.join(terms)}")
+
+    bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    kernel = choose_implementation(config.attn_implementation, ranks.device, dtype)
+    steps = total_steps(config, len(train))
+    place = (ranks.world, str(ranks.device), str(dtype).removeprefix("torch."), kernel)
+    progress.say(
+        describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
+    )
+    progress.say(f"run       {output_dir}")
+    if config.dry_run:
+        return 0
+
+    # Policy, reference and data; or the policy and the place in the data as a checkpoint left them.
+    policy = load_model(folder, dtype, ranks.device, kernel)
+    policy.model.gradient_checkpointing = config.gradient_checkpointing
+    policy.visual.gradient_checkpointing = config.gradient_checkpointing
+    reference = None
+    if config.beta > 0:
+        reference = load_model(folder, dtype, ranks.device, kernel).requires_grad_(False)
+    optimizer = dist.Optimizer(policy, config.weight_decay)
+    state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None}
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+        state = read_state(checkpoint, asdict(config))
+        resume(checkpoint, optimizer)
+        progress.say(f"resumed   {checkpoint}, step {state['step']}")
+        if state["step"] >= steps:
+            raise ValueError(f"the run is at its end, step {steps}: raise --max_steps to go on")
+    state["config"] = asdict(config)
+    stream = PromptStream(len(train), config.seed, **state["stream"])
+    watch = Watch(config.diagnose_after, state["watch"], ADVICE)
+    sampling = Sampling(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_ids=tuple(processor.stop_ids),
+        suppressed_ids=tuple(processor.suppressed_ids),
+    )
+    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    suppressed = torch.tensor(sampling.suppressed_ids, dtype=torch.int64, device=ranks.device)
+    scoring = (config.temperature, suppressed)
+    judging = (config, task, reward_weights)
+
+    log = None
+    if ranks.is_main:
+        resumed_step = state["step"] if config.resume_from_checkpoint else None
+        name = config.run_name or output_dir.name
+        for path in set_aside_later(output_dir, resumed_step) if resumed_step else []:
+            progress.say(f"set aside {path}")
+        log = RunFolder(output_dir, config, resumed_step, config.report_to, name)
+    stop_signal = StopSignal()
+    if test and state["step"] == 0:
+        records = answers(policy, test, processor, judging, greedy, ranks)
+        state["before"], files = evaluate(records, test, config, task)
+        if log:
+            log.write({"step": 0, **state["before"]}, [], None, True)
+            log.write_answers(0, records, files)
+    progress.start(steps, state["step"])
+    stopping, held_out = False, {}
+
+    for step in range(state["step"] + 1, steps + 1):
+        started, phase = time.perf_counter(), Phases(ranks.device)
+
+        # 1. Sample G completions of each prompt, and 2. reward them: a record per completion, a row
+        # of records per prompt. With --dynamic_sampling prompts whose group teaches nothing are
+        # replaced by the next ones, for a few rounds; what was found is kept.
+        groups, places, records, spent = [], [], [], 0
+        for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
+            rows = stream.next(config.prompts_per_step - len(records))
+            dealt = ranks.mine(list(enumerate(rows, start=spent)))
+            examples = [train[row] for _, row in dealt]
+            with phase("rollout"):
+                drawn = sample_groups(
+                    policy,
+                    encode(examples, processor),
+                    config.num_generations,
+                    sampling,
+                    config.seed,
+                    step,
+                    [place for place, _ in dealt],
+                )
+            with phase("reward"):
+                pairs = zip(drawn, examples, strict=True)
+                judged = ranks.gather([judge(*pair, processor, *judging) for pair in pairs])
+            spent += len(rows)
+            for index, row in enumerate(judged):
+                if config.dynamic_sampling and len({record["reward"] for record in row}) == 1:
+                    continue
+                if index % ranks.world == ranks.rank:  # as `mine` dealt them
+                    groups.append(drawn[index // ranks.world])
+                    places.append(len(records))
+                records.append(row)
+            if len(records) == config.prompts_per_step:
+                break
+        if not records:
+            records, groups = judged, drawn
+            places = ranks.mine(list(range(len(judged))))
+
+        if stopping := ranks.any(stop_signal.asked):  # this step is given up
+            break
+
+        # 3. Advantage: each completion against its own group; weights count the whole step.
+        rewards = torch.tensor([[r["reward"] for r in row] for row in records], dtype=torch.float64)
+        lengths = torch.tensor([[r["tokens"] for r in row] for row in records])
+        if config.mask_truncated_completions:
+            lengths *= torch.tensor([[not r["truncated"] for r in row] for row in records])
+        advantages = group_advantages(rewards, config.scale_rewards)
+        weights = token_weights(lengths, config.loss_type, config.max_completion_length)
+
+        # 4. Log-probs to compare with: the reference's, and the old policy's where it will move.
+        packs = make_packs(groups, config.tokens_per_pack)
+        ref_logps = old_logps = [None] * len(packs)
+        with phase("reference"), torch.no_grad():
+            if reference is not None:
+                ref_logps = [pack_logps(reference, pack, *scoring)[0] for pack in packs]
+            if config.num_iterations > 1:
+                old_logps = [pack_logps(policy, pack, *scoring)[0] for pack in packs]
+
+        # 5. Loss and step: a plain sum over tokens, over packs, over ranks.
+        sums, drift = dict.fromkeys(("kl", "entropy", "clip_low", "clip_high"), 0.0), [0.0]
+        rate = dist.learning_rate(
+            step - 1, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
+        )
+        for iteration in range(config.num_iterations):
+            for pack, ref, old in zip(packs, ref_logps, old_logps, strict=True):
+                with phase("training"):
+                    logps, entropy = pack_logps(policy, pack, *scoring)
+                    loss, stats = policy_loss(
+                        logps,
+                        old,
+                        pack.per_token(advantages[places]).to(logps),
+                        pack.per_token(weights[places]).to(logps),
+                        config.epsilon,
+                        config.epsilon_high,
+                        ref,
+                        config.beta,
+                        config.kl_estimator,
+                    )
+                    loss.backward()
+                for name, value in {**stats, "entropy": entropy.sum()}.items():
+                    sums[name] += float(value)
+                if iteration == 0:  # still the policy that sampled
+                    sampled = pack.sampling_logps(groups).to(logps)
+                    drift.append(float((logps.detach() - sampled).abs().max()))
+            with phase("optimizer"):
+                grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
+
+        # 6. Report: metrics, completions, evaluation, checkpoint.
+        count = sum(r["tokens"] for row in records for r in row) * config.num_iterations
+        means = {name: total / count for name, total in ranks.sum(sums).items()}
+        metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
+        metrics |= rollout_metrics(records, state["num_tokens"])
+        metrics |= {"kl": means["kl"]} if reference is not None else {}
+        metrics |= {
+            "entropy": means["entropy"],
+            "clip_ratio/low_mean": means["clip_low"],
+            "clip_ratio/high_mean": means["clip_high"],
+            "sampling/logp_difference_max": max(ranks.gather([max(drift)])),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+        }
+        if config.dynamic_sampling:
+            metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
+        extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
+        metrics |= step_metrics(records, *extremes, PARSE_FAILURES)
+        findings = watch.update(step, records, *extremes, hints(records, config, task))
+        metrics |= dict.fromkeys(findings, 1)
+        state |= {"step": step, "num_tokens": metrics["num_tokens"]}
+        state |= {"stream": stream.state(), "watch": watch.state()}
+        stopping = ranks.any(stop_signal.asked) and step < steps
+        held_out, answered, files = {}, [], {}
+        due = config.eval_steps and step % config.eval_steps == 0 and not stopping
+        if test and (due or step == steps):
+            with phase("evaluation"):
+                answered = answers(policy, test, processor, judging, greedy, ranks)
+                held_out, files = evaluate(answered, test, config, task)
+        metrics |= {**held_out, "step_time": time.perf_counter() - started, **phase.metrics}
+        as_line = step % config.logging_steps == 0 or step == steps
+        progress.step(metrics, f"rewards/{terms[0]}/mean", as_line)
+        for text in findings.values():
+            progress.say(f"\ndiagnosis: {text}\n")
+        if log:
+            log.write(metrics, records, advantages, as_line)
+            log.write_answers(step, answered, files)
+            log.write_findings(step, findings)
+            if config.save_steps and step % config.save_steps == 0:
+                limit = config.save_total_limit
+                save_checkpoint(output_dir, folder, policy, optimizer, state, limit)
+        ranks.wait()
+        if stopping:
+            break
+
+    progress.stop()
+    if log:
+        log.close()
+    if stopping:
+        if log and state["step"]:
+            save_checkpoint(output_dir, folder, policy, optimizer, state, config.save_total_limit)
+        progress.say(
+            f"interrupted after step {state['step']} of {steps}; continue with "
+            f"--output_dir {output_dir} --resume_from_checkpoint auto"
+        )
+        ranks.wait()
+        ranks.stop()
+        return INTERRUPTED
+    if log:
+        save_final(output_dir, folder, policy, optimizer)
+    if test:
+        progress.say(comparison(state["before"], held_out))
+    progress.say(f"trained   {output_dir / 'final'}")
+    ranks.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
