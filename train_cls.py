@@ -223,7 +223,9 @@ def main(argv: list[str]) -> int:
     train, prompt_lengths, task = checked(config, config.dataset_train_split, processor, argv)
     test = []
     if config.dataset_test_split or "test" in splits(config.dataset_name):
-        test, more, _ = checked(config, config.dataset_test_split or "test", processor, argv)
+        test, more, other = checked(config, config.dataset_test_split or "test", processor, argv)
+        if other != task:
+            raise ValueError(f"the splits differ: {task} to train on, {other} held out")
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     if ranks.is_main:
@@ -241,6 +243,8 @@ def main(argv: list[str]) -> int:
     progress.say(
         describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
     )
+    if task:
+        progress.say(f"task      {task}")
     progress.say(f"run       {output_dir}")
     if config.dry_run:
         return 0
