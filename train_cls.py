@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
         describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
     )
     if task:
-        progress.say(f"task      {task}")
+        progress.say(f"task      {str(task)[:200]}")
     progress.say(f"run       {output_dir}")
     if config.dry_run:
         return 0
