@@ -109,6 +109,7 @@ def read_state(folder: Path, config: dict) -> dict:
     try:
         state = json.loads((folder / "state.json").read_text())
         assert isinstance(state["step"], int)
+        assert state.keys() >= {"num_tokens", "stream", "before", "watch"}
         saved = state["config"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AssertionError) as error:
         raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error}") from error

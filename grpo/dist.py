@@ -67,12 +67,16 @@ class Ranks:
 def start() -> Ranks:
     """Joins the process group that torchrun describes; without torchrun, or with one process, none.
 
-    One GPU per process where CUDA is present, else the CPU with gloo.
+    One GPU per process where CUDA is present, else the CPU with gloo. Raises ValueError where there
+    are more processes than GPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, present = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= present:
+            raise ValueError(f"--nproc_per_node asks for more processes than the {present} GPU(s)")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

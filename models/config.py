@@ -149,14 +149,21 @@ def parse_config(raw: dict, where: str) -> QwenVLConfig:
     for name, value in unsupported.items():
         if value:
             raise ValueError(f"{where}: {name} = {value!r} is not supported")
-    heads = need(text, "num_attention_heads")
+
+    def size(table: dict, *names: str, default: int | None = None) -> int:
+        value = default if default and not any(map(table.get, names)) else need(table, *names)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {names[0]} is {value!r}, not a positive whole number")
+        return value
+
+    heads = size(text, "num_attention_heads")
     config = QwenVLConfig(
-        vocab_size=need(text, "vocab_size"),
-        hidden_size=need(text, "hidden_size"),
-        intermediate_size=need(text, "intermediate_size"),
-        num_hidden_layers=need(text, "num_hidden_layers"),
+        vocab_size=size(text, "vocab_size"),
+        hidden_size=size(text, "hidden_size"),
+        intermediate_size=size(text, "intermediate_size"),
+        num_hidden_layers=size(text, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=text.get("num_key_value_heads") or heads,
+        num_key_value_heads=size(text, "num_key_value_heads", default=heads),
         rms_norm_eps=need(text, "rms_norm_eps"),
         rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0,
         mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
@@ -169,20 +176,20 @@ def parse_config(raw: dict, where: str) -> QwenVLConfig:
         initializer_range=text.get("initializer_range", 0.02),
         bos_token_id=text.get("bos_token_id"),
         eos_token_id=text.get("eos_token_id"),
-        image_token_id=need(raw, "image_token_id"),
-        video_token_id=need(raw, "video_token_id"),
-        vision_start_token_id=need(raw, "vision_start_token_id"),
-        vision_end_token_id=need(raw, "vision_end_token_id"),
+        image_token_id=size(raw, "image_token_id"),
+        video_token_id=size(raw, "video_token_id"),
+        vision_start_token_id=size(raw, "vision_start_token_id"),
+        vision_end_token_id=size(raw, "vision_end_token_id"),
         vision=VisionConfig(
-            depth=need(vision, "depth"),
-            embed_dim=need(vision, "embed_dim"),
-            hidden_size=need(vision, "hidden_size"),
-            num_heads=need(vision, "num_heads"),
-            mlp_ratio=vision.get("mlp_ratio", 4),
-            in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
-            patch_size=vision.get("patch_size", 14),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            spatial_merge_size=vision.get("spatial_merge_size", 2),
+            depth=size(vision, "depth"),
+            embed_dim=size(vision, "embed_dim"),
+            hidden_size=size(vision, "hidden_size"),
+            num_heads=size(vision, "num_heads"),
+            mlp_ratio=size(vision, "mlp_ratio", default=4),
+            in_channels=size(vision, "in_channels", "in_chans", default=3),
+            patch_size=size(vision, "patch_size", default=14),
+            temporal_patch_size=size(vision, "temporal_patch_size", default=2),
+            spatial_merge_size=size(vision, "spatial_merge_size", default=2),
         ),
     )
     if config.hidden_size % heads or heads % config.num_key_value_heads:

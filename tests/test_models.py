@@ -412,6 +412,8 @@ def test_loading_is_strict(saved, change, message):
         ({"use_sliding_window": True}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": "400"}, "vocab_size is '400', not a positive whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 2]}}, "mrope_section"),
     ],
 )
