@@ -27,7 +27,15 @@ from grpo.checkpoint import (
 from grpo.cli import INTERRUPTED, StopSignal, TrainingConfig, flag, parse_config, run
 from grpo.diagnose import FIND_FAILURES as PARSE_FAILURES
 from grpo.diagnose import Watch, step_metrics
-from grpo.log import Phases, Progress, RunFolder, check_output, comparison, rollout_metrics
+from grpo.log import (
+    Phases,
+    Progress,
+    RunFolder,
+    check_output,
+    comparison,
+    held_out_metrics,
+    rollout_metrics,
+)
 from grpo.logps import pack_logps
 from grpo.loss import (
     group_advantages,
@@ -193,12 +201,7 @@ def answers(model, examples, processor, judging, sampling, ranks) -> list[dict]:
 
 def evaluate(records: list[dict], examples, config: Config, task: dict) -> tuple[dict, dict]:
     """Means over held-out rows as eval/<name>, and the files to keep: name -> content."""
-    metrics = {}
-    for name in records[0]["rewards"]:
-        metrics[f"eval/{name}"] = sum(r["rewards"][name] for r in records) / len(records)
-    metrics["eval/mean_length"] = sum(r["tokens"] for r in records) / len(records)
-    metrics["eval/clipped_ratio"] = sum(r["truncated"] for r in records) / len(records)
-    return metrics, {}
+    return held_out_metrics(records), {}
 
 
 # ---- the run ------------------------------------------------------------------------------------

@@ -30,7 +30,15 @@ from grpo.checkpoint import (
 )
 from grpo.cli import INTERRUPTED, StopSignal, TrainingConfig, flag, parse_config, run
 from grpo.diagnose import PARSE_FAILURES, Watch, step_metrics
-from grpo.log import Phases, Progress, RunFolder, check_output, comparison, rollout_metrics
+from grpo.log import (
+    Phases,
+    Progress,
+    RunFolder,
+    check_output,
+    comparison,
+    held_out_metrics,
+    rollout_metrics,
+)
 from grpo.logps import pack_logps
 from grpo.loss import (
     group_advantages,
@@ -131,7 +139,7 @@ def frame_of(example, task: dict) -> tuple[float, float]:
     """Width and height that coordinates count: 1000 x 1000, or the image's own pixels, upright."""
     if task["frame"] == "thousandths":
         return 1000.0, 1000.0
-    return tuple(map(float, open_image(example.images[0]).size))
+    return tuple(map(float, example.size))
 
 
 def judge(group, example, processor, config, task, reward_weights) -> list[dict]:
@@ -236,11 +244,7 @@ def answers(model, examples, processor, judging, sampling, ranks) -> list[dict]:
 
 def evaluate(records: list[dict], examples, config: Config, task: dict) -> tuple[dict, dict]:
     """Means over held-out rows as eval/<name>, COCO's average precision, and the files to keep."""
-    metrics = {}
-    for name in records[0]["rewards"]:
-        metrics[f"eval/{name}"] = sum(r["rewards"][name] for r in records) / len(records)
-    metrics["eval/mean_length"] = sum(r["tokens"] for r in records) / len(records)
-    metrics["eval/clipped_ratio"] = sum(r["truncated"] for r in records) / len(records)
+    metrics = held_out_metrics(records)
     if task["kind"] == "grounding":
         return metrics, {}
     precision, results = average_precision(records, examples, task)
@@ -260,7 +264,7 @@ def average_precision(records: list[dict], examples, task: dict) -> tuple[dict, 
     names = sorted({category(example.problem) for example in examples})
     truths, results = [], []
     for example, record in zip(examples, records, strict=True):
-        frame, size = frame_of(example, task), open_image(example.images[0]).size
+        frame, size = frame_of(example, task), example.size
         place = {"image_id": example.index, "category_id": names.index(category(example.problem))}
         for box in read_boxes(example.solution, frame):
             x, y, w, h = pixels(box, frame, size)

@@ -156,6 +156,6 @@ def refuse_other_task(
     right = next(row for row, kind in enumerate(kinds) if kind in mine)
     raise ValueError(
         f"{opening}, a {kinds[wrong[0]]} solution, but {named(right)}, a {kinds[right]} solution; "
-        f"{len(wrong)} of {len(kinds)} rows are not for {script}. Make two data sets of it, the "
-        f"other for {other}"
+        f"{len(wrong)} of {len(kinds)} rows are of another kind than the first. Make a data set of "
+        f"each kind: class solutions are for train_cls.py, boxes and grounding for train_det.py"
     )

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 from data import flowers, scenes
-from data.images import content_key
+from data.images import content_key, open_image
 
 IMAGE_COLUMNS = ("image", "images", "image_path", "image_paths")
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
@@ -42,6 +42,11 @@ class Example:
     def keys(self) -> tuple[str, ...]:
         """A content hash per image: equal where the image is."""
         return tuple(content_key(image) for image in self.images)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the first image in pixels, upright. Raises as `open_image`."""
+        return open_image(self.images[0]).size
 
 
 class Rows(Sequence):

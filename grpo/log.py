@@ -216,6 +216,14 @@ def rollout_metrics(records: list[list[dict]], num_tokens: int) -> dict[str, flo
     return metrics
 
 
+def held_out_metrics(records: list[dict]) -> dict[str, float]:
+    """Means over one record per held-out row, under eval/<term>, and of lengths and truncation."""
+    columns = {name: [r["rewards"][name] for r in records] for name in records[0]["rewards"]}
+    columns["mean_length"] = [r["tokens"] for r in records]
+    columns["clipped_ratio"] = [r["truncated"] for r in records]
+    return {f"eval/{name}": sum(column) / len(column) for name, column in columns.items()}
+
+
 class Progress:
     """The terminal: a bar on stderr, lines on stdout; silent on every rank but the main one."""
 

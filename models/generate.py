@@ -69,7 +69,7 @@ def generate(
     row, one number a token, so that a completion depends on its own numbers and nothing else.
     Returns for each sample, prompt-major, its token ids (a stop token included) and the float32
     log-probs (nats, at the sampling temperature, over all tokens that are not suppressed) under
-    which they were drawn.
+    which they were drawn. Raises FloatingPointError where the model's logits are NaN.
     """
     device = model.device
     count, limit = len(prompts) * group, sampling.max_completion_length
@@ -108,6 +108,8 @@ def generate(
         position_ids = (position[live] + step).expand(3, -1)
         hidden = model(token, position_ids, None, cache=cache)
         cache.advance()
+    if logps.isnan().any():  # looked for once, not in every step: it would wait for the device
+        raise FloatingPointError("the model's logits are not numbers: it has diverged")
     tokens, lengths = tokens.tolist(), lengths.tolist()
     return (
         [row[:length] for row, length in zip(tokens, lengths, strict=True)],
@@ -120,11 +122,9 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
 
     logits: (N, V) float32, -inf where a token is suppressed; uniform: (N,) float64 in [0, 1), not
     used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
-    top-p, which are the sampler's alone: training does not know them. Raises FloatingPointError
-    where a logit is NaN.
+    top-p, which are the sampler's alone: training does not know them. Rows of NaN give some token
+    and a NaN.
     """
-    if logits.isnan().any():
-        raise FloatingPointError("the model's logits are not numbers: it has diverged")
     if sampling.temperature == 0:
         token = logits.argmax(1)
         return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)
@@ -144,4 +144,5 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     # float64 keeps u * total < total, so a token of probability 0 is never reached
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    token = token.clamp(max=logits.shape[1] - 1)  # beyond the end for NaN only
     return token, all_logps.gather(1, token[:, None]).squeeze(1)

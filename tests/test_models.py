@@ -319,6 +319,16 @@ def test_sampler_survives_the_ends_of_the_unit_interval():
         assert sample(logits, Sampling(1), uniform)[0].item() == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_not_sampled_from(temperature):
+    model = tiny_model(tiny_config())
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    prompt = tiny_prompt(model.config, [])
+    with pytest.raises(FloatingPointError, match="diverged"):
+        generate(model, [prompt], 2, Sampling(3, temperature), torch.full((2, 3), 0.5).double())
+
+
 def test_the_same_image_is_encoded_once(monkeypatch):
     model = tiny_model(tiny_config())
     a, b = tiny_prompt(model.config, [(4, 4)], seed=0), tiny_prompt(model.config, [(4, 6)], seed=1)
