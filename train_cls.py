@@ -97,7 +97,7 @@ def truth(example) -> str:
     return read_class(example.solution)
 
 
-def hints(records: list[list[dict]], config: Config, task: dict) -> list[str]:
+def hints(records: list[list[dict]], train, config: Config, task: dict) -> list[str]:
     """What else the completions say about a flat reward."""
     names = {record["truth"] for row in records for record in row}
     listed = sum(
@@ -406,7 +406,9 @@ def main(argv: list[str]) -> int:
             metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
         extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
         metrics |= step_metrics(records, *extremes, PARSE_FAILURES)
-        findings = watch.update(step, records, *extremes, hints(records, config, task))
+        found = watch.update(step, records, *extremes)
+        evidence = hints(records, train, config, task) if found else []
+        findings = watch.explain(found, records, evidence)
         metrics |= dict.fromkeys(findings, 1)
         state |= {"step": step, "num_tokens": metrics["num_tokens"]}
         state |= {"stream": stream.state(), "watch": watch.state()}

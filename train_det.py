@@ -1,14 +1,16 @@
 """GRPO for object detection and visual grounding: `torchrun train_det.py`.
 
 Read from top to bottom: the flags, what is paid for, the checks before a weight is loaded, the
-held-out evaluation, and the loop itself, which is train_cls.py's to the letter. `--help` lists
-every flag; docs/metrics.md defines every number that is logged, docs/rewards.md what is paid for.
+held-out evaluation, and the loop itself, which is train_cls.py's to the letter. Without a model and
+a data set it trains the embedded demo. `--help` lists every flag; docs/metrics.md defines every
+number that is logged, docs/rewards.md what is paid for.
 """
 
 import contextlib
 import io
 import re
 import time
+from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,6 +60,7 @@ from rewards.det import (
     explain_boxes,
     grounding_reward,
     iou_reward,
+    other_readings,
     parse_boxes,
     read_boxes,
     solution_kind,
@@ -65,7 +68,7 @@ from rewards.det import (
 from rewards.format import format_reward
 from rewards.parse import find_answer, perfect
 
-DEMO = None  # there is no embedded checkpoint for detection; --dataset_name demo:scenes is data
+DEMO = Path(__file__).resolve().parent / "data" / "demo_det" / "demo.yaml"
 NAME = "det"
 ADVICE = "look at the two side by side"
 EVAL_BATCH = 32  # prompts
@@ -122,17 +125,25 @@ def truth(example) -> str:
     return find_answer(perfect(example.solution))[0]
 
 
-def hints(records: list[list[dict]], config: Config, task: dict) -> list[str]:
-    """What else the completions say about a flat reward: coordinates of another frame."""
-    answers = [r["answer"] for row in records for r in row if r["answer"]]
-    parsed = [parse_boxes(answer, (1e9, 1e9)).boxes for answer in answers]
-    largest = [max(box.x2, box.y2) for boxes in parsed for box in boxes]
-    beyond = sum(value > 1000 for value in largest)
-    if task["frame"] == "thousandths" and beyond:
-        return [f"{beyond} of {len(largest)} boxes go beyond 1000: are they meant in pixels?"]
-    if largest and max(largest) <= 1:
-        return ["no coordinate is above 1: are they meant as shares of the image?"]
-    return []
+def hints(records: list[list[dict]], train, config: Config, task: dict) -> list[str]:
+    """What else the completions say about a flat reward: the IoU of their boxes read otherwise."""
+    if task["kind"] == "grounding":
+        return []
+    sums, count = Counter(), 0
+    for record in (record for row in records for record in row):
+        example = train[record["row"]]
+        texts = (record["completion"], example.solution)
+        frame = frame_of(example, task)
+        earned = other_readings(*texts, config.iou_threshold, frame, example.size)
+        sums.update(earned)
+        count += bool(earned)
+    found = [(total / count, name) for name, total in sums.items() if name != "as asked"]
+    return [
+        f"read as {name}, the boxes of {count} answers would have earned an IoU reward of "
+        f"{mean:.2f} in place of {sums['as asked'] / count:.2f}"
+        for mean, name in sorted(found, reverse=True)
+        if mean > 2 * sums["as asked"] / count + 0.01
+    ]
 
 
 def frame_of(example, task: dict) -> tuple[float, float]:
@@ -509,7 +520,9 @@ def main(argv: list[str]) -> int:
             metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
         extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
         metrics |= step_metrics(records, *extremes, PARSE_FAILURES)
-        findings = watch.update(step, records, *extremes, hints(records, config, task))
+        found = watch.update(step, records, *extremes)
+        evidence = hints(records, train, config, task) if found else []
+        findings = watch.explain(found, records, evidence)
         metrics |= dict.fromkeys(findings, 1)
         state |= {"step": step, "num_tokens": metrics["num_tokens"]}
         state |= {"stream": stream.state(), "watch": watch.state()}

@@ -62,36 +62,38 @@ class Watch:
         return {"window": list(self._window), "said": list(self._said)}
 
     def update(
-        self,
-        step: int,
-        records: list[list[dict]],
-        total_min: float,
-        total_max: float,
-        hints: Sequence[str] = (),
-    ) -> dict[str, str]:
-        """Take in one step's records.
+        self, step: int, records: list[list[dict]], total_min: float, total_max: float
+    ) -> list[str]:
+        """Takes in one step's records; returns the names of what is found now, mostly none.
 
-        hints: more evidence that the script found, a line each, the first `LISTED` of them shown
-        where the main term is at its minimum or all groups are dead.
-
-        Returns what is to be said now, {metric name: text of at most 25 lines}, mostly empty:
-        `diagnosis/<term>/at_minimum`, `diagnosis/<term>/at_maximum`, `diagnosis/all_groups_dead`.
-        Each is returned once per run, at the step that completes `after` in a row.
+        `diagnosis/<term>/at_minimum`, `diagnosis/<term>/at_maximum`, `diagnosis/all_groups_dead`:
+        each once per run, at the step that completes `after` in a row.
         """
         self._window.append(_summary(step, records, total_min, total_max))
         if len(self._window) < self.after or self.after < 1:
-            return {}
+            return []
         flat = set.intersection(*(set(past["flat"]) for past in self._window))
-        found, new = {}, flat.difference(self._said)
-        for index, term in enumerate(records[0][0]["rewards"]):
-            if (name := f"diagnosis/{term}/at_minimum") in new:
-                found[name] = self._at_minimum(term, index == 0, records, hints)
-            if (name := f"diagnosis/{term}/at_maximum") in new:
-                found[name] = self._at_maximum(term, records)
-        if (name := "diagnosis/all_groups_dead") in new:
-            found[name] = self._all_dead(records, hints)
+        found = sorted(flat.difference(self._said))
         self._said += found
         return found
+
+    def explain(
+        self, found: Sequence[str], records: list[list[dict]], hints: Sequence[str] = ()
+    ) -> dict[str, str]:
+        """What `update` just found in plain text, {name: at most 25 lines}.
+
+        hints: more evidence that the script found, a line each, the first `LISTED` of them shown
+        where the main term is at its minimum or all groups are dead.
+        """
+        texts = {}
+        for index, term in enumerate(records[0][0]["rewards"]):
+            if (name := f"diagnosis/{term}/at_minimum") in found:
+                texts[name] = self._at_minimum(term, index == 0, records, hints)
+            if (name := f"diagnosis/{term}/at_maximum") in found:
+                texts[name] = self._at_maximum(term, records)
+        if (name := "diagnosis/all_groups_dead") in found:
+            texts[name] = self._all_dead(records, hints)
+        return texts
 
     # ---- the texts: lines of evidence from the window, and a completion of the last step ---------
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class RunFolder:
             for file in (metrics, path / "completions.jsonl"):
                 if resumed_step is not None and file.exists():
                     _drop_after(file, resumed_step)
+            if resumed_step is not None and (path / "diagnosis.txt").exists():
+                _drop_findings_after(path / "diagnosis.txt", resumed_step)
             self._metrics = metrics.open("a")
             self._completions = (path / "completions.jsonl").open("a")
         except OSError as error:
@@ -126,6 +129,13 @@ def _drop_after(file: Path, step: int) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, file)
+
+
+def _drop_findings_after(file: Path, step: int) -> None:
+    """Keeps the findings of steps up to `step`, as `RunFolder.write_findings` wrote them."""
+    findings = re.split(r"^(?=step \d+: )", file.read_text(), flags=re.MULTILINE)
+    kept = [text for text in findings if text and int(re.findall(r"\d+", text)[0]) <= step]
+    file.write_text("".join(kept))
 
 
 def _tracker(report_to: str, path: Path, name: str, config: dict):

@@ -241,6 +241,46 @@ def explain_boxes(
     return next((why for why, is_so in checks.items() if is_so), "")
 
 
+def other_readings(
+    completion: str,
+    solution: str,
+    iou_threshold: float,
+    frame: tuple[float, float],
+    size: tuple[int, int],
+) -> dict[str, float]:
+    """The IoU reward that an answer would earn if its numbers were meant in another way.
+
+    size: width and height in pixels of the upright image. Returns {reading: 0 to 1}, the
+    answer as it stands under "as asked"; {} where it or the solution holds no position. Raises
+    ValueError for a bad solution only.
+    """
+    true, bodies = read_boxes(solution, frame), re.split(r"[{}]", find_answer(completion)[0] or "")
+    found = [_POSITION.findall(body) for body in bodies]
+    try:
+        positions = [[float(n) for n in one[0].split(",")] for one in found if len(one) == 1]
+    except ValueError:
+        return {}
+    if not (true and positions) or any(len(position) != 4 for position in positions):
+        return {}
+    (width, height), (across, down) = frame, size if frame == THOUSANDTHS else THOUSANDTHS
+    scaled = "pixels of the image" if frame == THOUSANDTHS else "thousandths of the image"
+    readings = {"as asked": [], scaled: [], "shares of the image": []}
+    readings |= {"[y1, x1, y2, x2]": [], "[x, y, width, height]": []}
+    for a, b, c, d in positions:
+        readings["as asked"].append((a, b, c, d))
+        x, y = width / across, height / down
+        readings[scaled].append((a * x, b * y, c * x, d * y))
+        readings["shares of the image"].append((a * width, b * height, c * width, d * height))
+        readings["[y1, x1, y2, x2]"].append((b, a, d, c))
+        readings["[x, y, width, height]"].append((a, b, a + c, b + d))
+    earned = {}
+    for name, boxes in readings.items():
+        legal = [_legal([*map(repr, box), "1"], frame) for box in boxes]
+        matched = match_boxes(tuple(box for box in legal if box), true, iou_threshold)
+        earned[name] = sum(overlap for _, overlap in matched) / max(len(legal), len(true))
+    return earned
+
+
 def grounding_reward(
     completion: str, solution: str, frame: tuple[float, float] = THOUSANDTHS
 ) -> float:

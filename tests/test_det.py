@@ -17,6 +17,7 @@ from rewards.det import (
     iou,
     iou_reward,
     match_boxes,
+    other_readings,
     parse_boxes,
     read_boxes,
     read_grounding,
@@ -228,6 +229,40 @@ PIECES += ["nan", "1e9", "No Objects", "<answer>", "</answer>", "</think>", "```
 TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 
+@pytest.mark.parametrize(
+    "position, frame, reading",
+    [
+        ((100, 150, 300, 450), (1000.0, 1000.0), "as asked"),
+        ((80, 60, 240, 180), (1000.0, 1000.0), "pixels of the image"),  # of 800 x 400
+        ((0.1, 0.15, 0.3, 0.45), (1000.0, 1000.0), "shares of the image"),
+        ((150, 100, 450, 300), (1000.0, 1000.0), "[y1, x1, y2, x2]"),
+        ((100, 150, 200, 300), (1000.0, 1000.0), "[x, y, width, height]"),
+        ((125, 375, 375, 1125), (800.0, 400.0), "thousandths of the image"),
+    ],
+)
+def test_what_boxes_would_earn_if_they_were_meant_otherwise(position, frame, reading):
+    """Only the reading that was meant finds both true boxes in full; a third box is in vain."""
+    true = truth((100, 150, 300, 450), (100, 150, 300, 451))
+    if frame != (1000.0, 1000.0):
+        true = truth((100, 150, 300, 400), (100, 149, 300, 400))
+    answer = boxes((*position, 0.7), (0, 0, 1, 1, 0.2))
+    earned = other_readings(answer, true, 0.5, frame, (800, 400))
+    assert max(earned, key=earned.get) == reading and earned[reading] == 0.5
+    assert sum(value == 0.5 for value in earned.values()) == 1
+    assert earned["as asked"] == iou_reward(answer, true, frame=frame)
+
+
+def test_no_positions_no_readings():
+    for answer in (
+        "",
+        "<answer>No Objects</answer>",
+        "<answer>[{'Position': [1, x, 3, 4]}]</answer>",
+    ):
+        assert other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), (9, 9)) == {}
+    nothing = "<answer>No Objects</answer>"
+    assert other_readings(boxes((*A, 1)), nothing, 0.5, (1000.0, 1000.0), (9, 9)) == {}
+
+
 @given(TEXT)
 def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
     for completion in (text, f"<answer>{text}</answer>"):
@@ -236,6 +271,8 @@ def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
             values.append(confidence_reward(completion, solution, "visual_rft"))
             assert all(0 <= value <= 1 for value in values)
             assert isinstance(explain_boxes(completion, solution), str)
+            otherwise = other_readings(completion, solution, 0.5, (1000.0, 1000.0), (640, 480))
+            assert all(0 <= value <= 1 for value in otherwise.values())
         assert 0 <= grounding_reward(completion, "(1,1),(9,9)") <= 1
     solution_kind(text)
 
@@ -249,6 +286,7 @@ def test_a_megabyte_of_anything_is_read_at_once(unit):
     text = "[x" + unit * (1_000_000 // len(unit)) + "y"
     parse_boxes(text)
     iou_reward(f"<answer>{text}</answer>", truth(A))
+    other_readings(f"<answer>{text}</answer>", truth(A), 0.5, (1000.0, 1000.0), (640, 480))
     grounding_reward(f"<answer>{text}</answer>", "(1,1),(9,9)")
 
 

@@ -40,7 +40,12 @@ def lively(**more):
 
 def watched(watch, steps, hints=()):
     """What is said at each step, from step 1 on: a list of {name: text}."""
-    return [watch.update(step, rows, *ENDS, hints) for step, rows in enumerate(steps, 1)]
+    said = []
+    for step, rows in enumerate(steps, 1):
+        found = watch.update(step, rows, *ENDS)
+        said.append(watch.explain(found, rows, hints))
+        assert sorted(said[-1]) == found
+    return said
 
 
 # ---- one step's metrics -------------------------------------------------------------------------
@@ -256,5 +261,6 @@ def test_a_resumed_run_says_the_same(stop):
     first = Watch(4, advice=ADVICE)
     said = watched(first, steps[:stop])
     second = Watch(4, json.loads(json.dumps(first.state())), ADVICE)
-    said += [second.update(n, rows, *ENDS) for n, rows in enumerate(steps[stop:], stop + 1)]
+    for number, rows in enumerate(steps[stop:], stop + 1):
+        said.append(second.explain(second.update(number, rows, *ENDS), rows))
     assert said == whole and sum(map(len, whole)) == 3

@@ -532,6 +532,49 @@ def test_average_precision_in_pixels_and_thousandths(tmp_path):
     assert train_det.prepare(config, [far], "train", [])["frame"] == "pixels"
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("size", [(640, 480), (300, 900), (1600, 200), (90, 110)])
+def test_the_model_sees_an_object_where_its_box_says(size, orientation, tmp_path):
+    """What the patches show after EXIF rotation and resizing, against the box in either frame."""
+    width, height = size
+    box = [width * 0.3, height * 0.25, width * 0.8, height * 0.6]
+    upright = Image.new("RGB", size, "black")
+    upright.paste("white", tuple(round(edge) for edge in box))
+    turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
+    turns |= {8: Image.Transpose.ROTATE_270}
+    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "0.png", exif=exif)
+    row = {"image": "0.png", "problem": "Detect category 'ace'."}
+    row["solution"] = f"<answer>[{{'Position': {box}, 'Confidence': 1.0}}]</answer>"
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    (example,) = train_det.load(str(tmp_path), "train")
+
+    processor = train_det.Processor(CHECKPOINT, max_pixels=100 * 28 * 28)
+    prompt = train_det.encode([example], processor)[0]
+    _, rows, columns = prompt.image_grid_thw[0].tolist()
+    patches = prompt.pixel_values.view(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[..., 0, 0, :, :]
+    seen = patches.permute(0, 2, 4, 1, 3, 5).reshape(rows * 14, columns * 14) > 0.3
+    down, across = seen.nonzero().T
+    for frame in ("pixels", "thousandths"):
+        wide, high = train_det.frame_of(example, {"frame": frame})
+        found = (across.min(), down.min(), across.max() + 1, down.max() + 1)
+        scale = (wide / (columns * 14), high / (rows * 14)) * 2
+        found = [float(edge) * factor for edge, factor in zip(found, scale, strict=True)]
+        expected = box if frame == "pixels" else [100 * n for n in (3, 2.5, 8, 6)]
+        for edge, wanted, factor in zip(found, expected, scale, strict=True):
+            assert edge == pytest.approx(wanted, abs=1.5 * factor + wide / width)
+        text = boxes_text(found)
+        truth = boxes_text(expected)
+        assert train_det.iou_reward(text, truth, frame=(wide, high)) > 0.93
+
+
+def boxes_text(box) -> str:
+    position = [round(float(edge), 2) for edge in box]
+    return f"<think>a</think><answer>[{{'Position': {position}, 'Confidence': 1.0}}]</answer>"
+
+
 def test_grounding_data_trains_with_its_own_reward(tmp_path):
     rows("train", 1)[0]["image"].save(tmp_path / "a.png")
     row = {
@@ -559,6 +602,19 @@ def test_a_flat_reward_is_explained_while_the_run_goes_on(tmp_path, capsys):
     assert [line.get("diagnosis/iou/at_minimum") for line in lines] == [None, None, 1, None]
     text = (tmp_path / "run" / "diagnosis.txt").read_text()
     assert "not a list of boxes" in text and "most frequent wrong answers" in text
+
+
+def test_a_resumed_run_says_its_diagnosis_once(tmp_path):
+    """What was said after the checkpoint is said again, and stands in diagnosis.txt once."""
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:scenes", *SHORT]
+    argv += ["--max_steps", "3", "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert train_det.main([*argv, "--diagnose_after", "2"]) == 0
+    said = (tmp_path / "run" / "diagnosis.txt").read_text()
+    resume = str(tmp_path / "run" / "checkpoint-1")
+    output = ["--output_dir", str(tmp_path / "run")]
+    assert train_det.main(["--resume_from_checkpoint", resume, *output]) == 0
+    assert (tmp_path / "run" / "diagnosis.txt").read_text() == said
+    assert said.count("iou has been 0, its minimum") == 1
 
 
 def test_dynamic_sampling_keeps_groups_that_teach(tmp_path):
