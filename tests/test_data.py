@@ -397,9 +397,12 @@ def test_scenes_draw_the_same_every_time_and_their_boxes_hold_the_colour():
     empty = [row for row in table if "No Objects" in row["solution"]]
     assert 2 <= len(empty) <= 16
     for number in range(40):
-        image, category, boxes = scenes.scene(f"train/{number}")
-        wanted = scenes.COLOURS[category.split()[0]]
-        for x1, y1, x2, y2 in boxes:
+        image, category, objects = scenes.scene(f"train/{number}")
+        assert objects == sorted(objects, key=lambda entry: entry[1]) and objects
+        boxes = [str(list(box)) for name, box in objects if name == category]
+        assert all(box in table[number]["solution"] for box in boxes)
+        for name, (x1, y1, x2, y2) in objects:
+            wanted = scenes.COLOURS[name]
             assert 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
             centre = [round(v * scenes.SIZE / 2000) for v in (x1 + x2, y1 + y2)]
             pixel = image.getpixel(tuple(centre))
