@@ -1,5 +1,6 @@
 """The training script, run as its users run it."""
 
+import importlib.machinery
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,6 +329,24 @@ def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
     if name == "tracker":
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_wandb_is_told_every_reported_step(tmp_path, monkeypatch):
+    """With a stand-in for the package, which needs a server or an account."""
+    told = []
+    run = types.SimpleNamespace(
+        log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end")
+    )
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda name, dir, config: told.append((name, dir, config["seed"])) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    options = ["--run_name", "poppy", "--logging_steps", "1"]
+    lines = train(tmp_path / "run", *SHORT, "--report_to", "wandb", *options)
+    assert told[0] == ("poppy", str(tmp_path / "run"), 0) and told[-1] == "end"
+    assert [step for step, _ in told[1:-1]] == [0, 1, 2]
+    for (_, metrics), line in zip(told[1:-1], lines, strict=True):
+        assert metrics == {name: value for name, value in line.items() if name != "step"}
 
 
 def test_two_updates_move_the_ratio(tmp_path):
