@@ -7,7 +7,7 @@ formula that no allocator was asked about.
 import math
 
 from grpo.cli import TrainingConfig
-from grpo.logps import CHUNK
+from grpo.logps import chunk_tokens
 from models.config import QwenVLConfig
 
 
@@ -81,7 +81,7 @@ def estimate_memory(
     }
     training = {
         "activations": pack * (model.num_hidden_layers * kept + layer) * size,
-        "logits": 3 * min(CHUNK, pack) * model.vocab_size * 4,
+        "logits": 2 * min(chunk_tokens(model.vocab_size), pack) * model.vocab_size * 4,
     }
     rollout = {"key/value cache": step_tokens * model.num_hidden_layers * 2 * kv * size}
     peak = sum(fixed.values()) + max(sum(training.values()), sum(rollout.values()))

@@ -6,13 +6,13 @@ itself. A plain sequence is a row without completions; an image is a row without
 
 Three ways of computing the same numbers: the `flash-attn` package and PyTorch's own
 variable-length FlashAttention (both on CUDA in half precision; the shared prompt is a gather of
-keys), and SDPA row by row under a mask (anywhere, any float dtype). There is no padding, no
+keys), and SDPA sequence by sequence (anywhere, any float dtype). There is no padding, no
 dropout and no sliding window.
 """
 
 import inspect
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -47,20 +47,9 @@ class Bounds:
             start += sum(row)
         return slices
 
-    @cached_property
-    def masks(self) -> list[Tensor | None]:
-        """Each row's (L, L) bool mask, True where a query sees a key; None for a plain row."""
-        masks = []
-        for prompt, *completions in self.rows:
-            if not completions:
-                masks.append(None)
-                continue
-            member = torch.repeat_interleave(
-                torch.arange(1 + len(completions)), torch.tensor([prompt, *completions])
-            )
-            same = (member[:, None] == member[None, :]) | (member[None, :] == 0)
-            masks.append(same.tril().to(self.device))
-        return masks
+    def mask(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
+        """(C, P + C) of 0 and -inf: what a completion sees of its prompt and of itself."""
+        return _mask(prompt, completion, dtype, self.device)
 
     @cached_property
     def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
@@ -127,17 +116,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
             k, v = k[key_index], v[key_index]
         return flash_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, bounds.causal)
     outputs = []
-    for where, mask in zip(bounds.slices, bounds.masks, strict=True):
-        row = F.scaled_dot_product_attention(
-            q[where].transpose(0, 1)[None],
-            k[where].transpose(0, 1)[None],
-            v[where].transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=bounds.causal and mask is None,
-            enable_gqa=q.shape[1] != k.shape[1],
+    for where, (prompt, *completions) in zip(bounds.slices, bounds.rows, strict=True):
+        # (1, heads, L, D) each
+        row_q, row_k, row_v = (x[where].transpose(0, 1)[None] for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        first_k, first_v = row_k[:, :, :prompt], row_v[:, :, :prompt]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                row_q[:, :, :prompt], first_k, first_v, is_causal=bounds.causal, enable_gqa=gqa
+            )
         )
-        outputs.append(row[0].transpose(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        start = prompt
+        for length in completions:  # not one call under a mask of zeros: half of it would be waste
+            own = slice(start, start + length)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    row_q[:, :, own],
+                    torch.cat((first_k, row_k[:, :, own]), 2),
+                    torch.cat((first_v, row_v[:, :, own]), 2),
+                    attn_mask=bounds.mask(prompt, length, q.dtype),
+                    enable_gqa=gqa,
+                )
+            )
+            start += length
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _mask(prompt: int, completion: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    own = torch.full((completion, completion), float("-inf"), dtype=dtype, device=device).triu(1)
+    return torch.cat((own.new_zeros(completion, prompt), own), 1)
 
 
 @cache

@@ -9,17 +9,18 @@ from models.attention import Bounds, attention
 class KVCache:
     """Filled by one packed prefill, then extended by one token per live sample and step.
 
-    The prompt part is (B, KH, P, D) per layer, padded to the longest prompt and never copied per
-    sample; the samples' own part is (N, KH, capacity, D), allocated once. Samples that finish are
-    dropped by `keep`.
+    The samples stand in a rectangle of B prompts x G places, so that one matmul per prompt serves
+    all its samples. The prompt part is (B, KH, P, D) per layer, padded to the longest prompt and
+    never copied per sample; the samples' own part is (B, KH, G, capacity, D), allocated once.
+    Samples that finish are dropped by `keep`; the rectangle shrinks with them.
     """
 
     def __init__(self, num_layers: int, group: int, capacity: int):
         self.group, self.capacity = group, capacity
         self.prompt: list[tuple[Tensor, Tensor]] = [None] * num_layers
         self.own: list[tuple[Tensor, Tensor]] = [None] * num_layers
-        self.slot: Tensor | None = None  # (N,): prompt * group + member of each live sample
-        self.prompt_mask: Tensor | None = None  # (B, 1, 1, P) float32, 0 or -inf
+        self.slot: Tensor | None = None  # (N,): the place of each live sample, prompt * G + member
+        self.padding: Tensor | None = None  # (B * KH, 1, P): 0, -inf beyond a prompt
         self.length = 0  # tokens in the own part
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
@@ -35,58 +36,49 @@ class KVCache:
 
     def _store_prompts(self, layer: int, k: Tensor, v: Tensor, bounds: Bounds) -> None:
         lengths = [row[0] for row in bounds.rows]
-        longest = max(lengths)
-        shape = (len(lengths), longest, *k.shape[1:])
-        keys, values = k.new_zeros(shape), v.new_zeros(shape)
+        prompts, longest, kv_heads = len(lengths), max(lengths), k.shape[1]
+        keys, values = (k.new_zeros(prompts, longest, *k.shape[1:]) for _ in range(2))
         for prompt, where in enumerate(bounds.slices):
             keys[prompt, : lengths[prompt]] = k[where]
             values[prompt, : lengths[prompt]] = v[where]
-        self.prompt[layer] = (
-            keys.transpose(1, 2).contiguous(),
-            values.transpose(1, 2).contiguous(),
-        )
-        samples = len(lengths) * self.group
-        own = (samples, k.shape[1], self.capacity, k.shape[2])
+        self.prompt[layer] = tuple(x.transpose(1, 2).contiguous() for x in (keys, values))
+        own = (prompts, kv_heads, self.group, self.capacity, k.shape[2])
         self.own[layer] = (k.new_empty(own), v.new_empty(own))
         if self.slot is None:
-            self.slot = torch.arange(samples, device=k.device)
-            valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-            mask = torch.zeros(valid.shape).masked_fill(~valid, float("-inf"))
-            self.prompt_mask = mask[:, None, None].to(k.device)
+            self.slot = torch.arange(prompts * self.group, device=k.device)
+            missing = torch.arange(longest)[None] >= torch.tensor(lengths)[:, None]
+            padding = torch.zeros(missing.shape).masked_fill(missing, float("-inf"))
+            self.padding = padding[:, None].to(k).repeat_interleave(kv_heads, 0)
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One softmax over two sets of keys: the prompt's, read once per group, and the own."""
-        prompt_k, prompt_v = self.prompt[layer]
+        prompt_k, prompt_v = (x.flatten(0, 1) for x in self.prompt[layer])  # (B * KH, P, D)
         own_k, own_v = self.own[layer]
-        own_k[:, :, self.length] = k
-        own_v[:, :, self.length] = v
-        own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
+        prompts, kv_heads, group = own_k.shape[:3]
         samples, heads, dim = q.shape
-        kv_heads = prompt_k.shape[1]
-        repeat = heads // kv_heads
-        q = q.view(samples, kv_heads, repeat, dim) * dim**-0.5
+        full = samples == prompts * group
+        if not full:  # some places are empty
+            q, k, v = (
+                x.new_zeros(prompts * group, *x.shape[1:]).index_copy_(0, self.slot, x)
+                for x in (q, k, v)
+            )
+        q, k, v = (x.view(prompts, group, kv_heads, -1, dim).transpose(1, 2) for x in (q, k, v))
+        own_k[:, :, :, self.length] = k[:, :, :, 0]
+        own_v[:, :, :, self.length] = v[:, :, :, 0]
+        own_k, own_v = (x[:, :, :, : self.length + 1].flatten(0, 2) for x in (own_k, own_v))
 
-        # Laid out as a (B, G) rectangle, so that one matmul per prompt serves its whole group.
-        shared = self._to_rectangle(q) @ prompt_k.transpose(2, 3)
-        shared = self._to_samples(shared.float() + self.prompt_mask, repeat)
-        own = (q @ own_k.transpose(2, 3)).float()
-        weights = torch.cat((shared, own), dim=-1).softmax(-1).to(v.dtype)
+        by_prompt = q.reshape(prompts * kv_heads, -1, dim)  # all samples of a prompt at once
+        by_sample = by_prompt.view(prompts * kv_heads * group, -1, dim)
+        shared = torch.baddbmm(self.padding, by_prompt, prompt_k.transpose(1, 2), alpha=dim**-0.5)
+        own = by_sample @ own_k.transpose(1, 2) * dim**-0.5
+        weights = torch.cat((shared, own.view(*by_prompt.shape[:2], -1)), dim=-1)
+        weights = weights.float().softmax(-1).to(v.dtype)
         shared, own = weights.split((shared.shape[-1], own.shape[-1]), dim=-1)
-        out = self._to_samples(self._to_rectangle(shared) @ prompt_v, repeat) + own @ own_v
-        return out.reshape(samples, heads, dim)
-
-    def _to_rectangle(self, x: Tensor) -> Tensor:
-        """(N, KH, R, X) of the live samples -> (B, KH, G * R, X), zero where a sample is gone."""
-        size = self.prompt_mask.shape[0] * self.group
-        if len(x) < size:
-            x = x.new_zeros(size, *x.shape[1:]).index_copy(0, self.slot, x)
-        x = x.unflatten(0, (-1, self.group)).transpose(1, 2)
-        return x.flatten(2, 3)
-
-    def _to_samples(self, x: Tensor, repeat: int) -> Tensor:
-        """The inverse of `_to_rectangle`."""
-        x = x.unflatten(2, (self.group, repeat)).transpose(1, 2).flatten(0, 1)
-        return x if len(self.slot) == len(x) else x[self.slot]
+        out = (shared @ prompt_v).view_as(by_sample)
+        out = torch.baddbmm(out, own.reshape(len(own_k), -1, own_k.shape[1]), own_v)
+        out = out.view(prompts, kv_heads, group, -1, dim).transpose(1, 2)
+        out = out.reshape(prompts * group, heads, dim)
+        return out if full else out[self.slot]
 
     def advance(self) -> None:
         """Call once per decode step, after the last layer."""
@@ -95,4 +87,26 @@ class KVCache:
     def keep(self, index: Tensor) -> None:
         """Drops all samples but those at `index` (M,) of the live ones, in that order."""
         self.slot = self.slot[index]
-        self.own = [(k[index], v[index]) for k, v in self.own]
+        prompts, _, group = self.own[0][0].shape[:3]
+        places = self.slot.tolist()
+        alive = [[p % group for p in places if p // group == b] for b in range(prompts)]
+        left = [b for b in range(prompts) if alive[b]]
+        widest = max((len(members) for members in alive), default=0)
+        if not places or (len(left) == prompts and widest == group):
+            return
+        # fewer prompts or fewer places: move what is left together, a prompt's samples to the front
+        device = self.slot.device
+        rows = torch.tensor(left, device=device)
+        members = [alive[b] + [0] * (widest - len(alive[b])) for b in left]
+        members = torch.tensor(members, device=device)[:, :, None]
+        self.prompt = [(k[rows], v[rows]) for k, v in self.prompt]
+        self.padding = self.padding.unflatten(0, (prompts, -1))[rows].flatten(0, 1)
+        heads = torch.arange(self.own[0][0].shape[1], device=device)
+        pick = rows[:, None, None], heads[None, :, None], members.transpose(1, 2)
+        self.own = [(k[pick], v[pick]) for k, v in self.own]
+        moved = {
+            b * group + m: i * widest + j
+            for i, b in enumerate(left)
+            for j, m in enumerate(alive[b])
+        }
+        self.slot = torch.tensor([moved[place] for place in places], device=device)

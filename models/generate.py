@@ -15,6 +15,7 @@ from models.processor import Prompt
 from models.qwen_vl import QwenVL
 
 NEVER = float("-inf")
+BLOCK = 128  # entries of the vocabulary, which the published ones are multiples of
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def generate(
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     for step in range(limit):
-        logits = F.linear(hidden, model.head_weight).float().index_fill(1, suppressed, NEVER)
+        # the head first: on a CPU half the time of F.linear where the vocabulary is large
+        logits = torch.mm(model.head_weight, hidden.T).T.float().contiguous()
+        logits.index_fill_(1, suppressed, NEVER)
         token, logp = sample(logits, sampling, uniforms[live, step])
         tokens[live, step], logps[live, step] = token, logp
         ended = torch.isin(token, stop)
@@ -128,21 +131,41 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     if sampling.temperature == 0:
         token = logits.argmax(1)
         return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)
-    all_logps = (logits / sampling.temperature).log_softmax(1)
-    probs = all_logps.double().exp()
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).exp_()
+    normalizer = weights.sum(1, keepdim=True).log() + largest
     if 0 < sampling.top_k < logits.shape[1]:
-        kth = all_logps.topk(sampling.top_k, dim=1).values[:, -1:]
-        probs = probs.masked_fill(all_logps < kth, 0.0)
+        kth = logits.topk(sampling.top_k, dim=1).values[:, -1:]
+        weights.masked_fill_(logits < kth, 0.0)
     if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=1, descending=True)
+        ordered, order = weights.double().sort(dim=1, descending=True)
         total = ordered.sum(1, keepdim=True)
         # keep a token while those before it hold less than top_p: the first is always kept
         before = ordered.cumsum(1) - ordered
         ordered = ordered.masked_fill(before >= sampling.top_p * total, 0.0)
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-    cumulative = probs.cumsum(1)
-    # float64 keeps u * total < total, so a token of probability 0 is never reached
-    target = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    token = token.clamp(max=logits.shape[1] - 1)  # beyond the end for NaN only
-    return token, all_logps.gather(1, token[:, None]).squeeze(1)
+        weights = torch.zeros_like(weights).scatter_(1, order, ordered.float())
+    token = _draw(weights, uniform)[:, None]
+    return token.squeeze(1), (logits.gather(1, token) - normalizer).squeeze(1)
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index at which the cumulative sum of each row passes uniform * its total, (N,) int64.
+
+    weights: (N, V) float32, not negative. Summed in float64, first by blocks, then within one: in
+    float32 the sum could round to the target, and a token of weight 0 would be reached.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(2, dtype=torch.float64)
+    reached = sums.cumsum(1)
+    target = uniform[:, None] * reached[:, -1:]
+    block = torch.searchsorted(reached, target, right=True).clamp(max=sums.shape[1] - 1)
+    before = reached.gather(1, block) - sums.gather(1, block)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(1)]
+    inside = inside.double().cumsum(1)
+    # strictly below the block's own total, which is rounded otherwise than its sum
+    below = inside[:, -1:] * (1 - 2**-52)
+    place = torch.searchsorted(inside, (target - before).clamp(min=0).minimum(below), right=True)
+    token = (block * BLOCK + place).squeeze(1)
+    return token.clamp(max=weights.shape[1] - 1)  # beyond the end for NaN only
