@@ -6,8 +6,8 @@ itself. A plain sequence is a row without completions; an image is a row without
 
 Three ways of computing the same numbers: the `flash-attn` package and PyTorch's own
 variable-length FlashAttention (both on CUDA in half precision; the shared prompt is a gather of
-keys), and SDPA sequence by sequence (anywhere, any float dtype). There is no padding, no
-dropout and no sliding window.
+keys), and SDPA row by row, a row's completions lengthened to its longest (anywhere, any float
+dtype). There is no dropout and no sliding window.
 """
 
 import inspect
@@ -47,9 +47,24 @@ class Bounds:
             start += sum(row)
         return slices
 
-    def mask(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
-        """(C, P + C) of 0 and -inf: what a completion sees of its prompt and of itself."""
-        return _mask(prompt, completion, dtype, self.device)
+    @cached_property
+    def rectangles(self) -> list[tuple[Tensor, Tensor] | None]:
+        """For each row its completions as a (G, longest) rectangle; None for a plain row.
+
+        Packed indices of the rectangle, row by row, each completion's last token repeated to its
+        end; and where in it the completions' own tokens lie, in order.
+        """
+        rectangles = []
+        for where, (prompt, *completions) in zip(self.slices, self.rows, strict=True):
+            if not completions:
+                rectangles.append(None)
+                continue
+            lengths, step = torch.tensor(completions), torch.arange(max(completions))
+            starts = where.start + prompt + lengths.cumsum(0) - lengths
+            index = starts[:, None] + step.minimum(lengths[:, None] - 1)
+            own = (step < lengths[:, None]).flatten().nonzero().squeeze(1)
+            rectangles.append((index.flatten().to(self.device), own.to(self.device)))
+        return rectangles
 
     @cached_property
     def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
@@ -115,35 +130,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
         if key_index is not None:
             k, v = k[key_index], v[key_index]
         return flash_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, bounds.causal)
-    outputs = []
-    for where, (prompt, *completions) in zip(bounds.slices, bounds.rows, strict=True):
-        # (1, heads, L, D) each
-        row_q, row_k, row_v = (x[where].transpose(0, 1)[None] for x in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
-        first_k, first_v = row_k[:, :, :prompt], row_v[:, :, :prompt]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                row_q[:, :, :prompt], first_k, first_v, is_causal=bounds.causal, enable_gqa=gqa
-            )
+    gqa, outputs = q.shape[1] != k.shape[1], []
+    for where, row, rectangle in zip(bounds.slices, bounds.rows, bounds.rectangles, strict=True):
+        # (1, heads, P, D) each
+        prompt = slice(where.start, where.start + row[0])
+        first_q, first_k, first_v = (x[prompt].transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            first_q, first_k, first_v, is_causal=bounds.causal, enable_gqa=gqa
         )
-        start = prompt
-        for length in completions:  # not one call under a mask of zeros: half of it would be waste
-            own = slice(start, start + length)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    row_q[:, :, own],
-                    torch.cat((first_k, row_k[:, :, own]), 2),
-                    torch.cat((first_v, row_v[:, :, own]), 2),
-                    attn_mask=bounds.mask(prompt, length, q.dtype),
-                    enable_gqa=gqa,
-                )
-            )
-            start += length
-    return torch.cat(outputs, 2)[0].transpose(0, 1)
+        outputs.append(out[0].transpose(0, 1))
+        if rectangle is None:
+            continue
+        # (G, heads, C, D) each. What lengthens a short completion comes after its own tokens, so
+        # that none of them sees it.
+        index, own = rectangle
+        group = len(row) - 1
+        own_q, own_k, own_v = (
+            x.index_select(0, index).unflatten(0, (group, -1)).transpose(1, 2) for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(
+            own_q,
+            torch.cat((first_k.expand(group, -1, -1, -1), own_k), 2),
+            torch.cat((first_v.expand(group, -1, -1, -1), own_v), 2),
+            attn_mask=_mask(row[0], own_q.shape[2], q.dtype, q.device),
+            enable_gqa=gqa,
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, own))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @lru_cache(maxsize=64)
 def _mask(prompt: int, completion: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, P + C) of 0 and -inf: what a completion sees of its prompt and of itself."""
     own = torch.full((completion, completion), float("-inf"), dtype=dtype, device=device).triu(1)
     return torch.cat((own.new_zeros(completion, prompt), own), 1)
 

@@ -1,6 +1,7 @@
 """The hand-written model against transformers, on random weights."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import linear
 from transformers.models.qwen2_vl import modeling_qwen2_vl as reference_code
 
 from models.attention import Bounds, attention, choose_implementation
+from models.cache import KVCache
 from models.generate import Sampling, generate, image_features, sample
 from models.load import load_model, published_name, read_weights, save_model
 from models.qwen_vl import mrope_position_ids
@@ -449,3 +451,42 @@ def test_damaged_and_absent_files_are_named(saved):
     (saved / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
         load_model(saved, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_that_finish_leave_the_others_as_they_are(seed):
+    """The cache's rectangle shrinks, prompts leave it, places stay empty: each sample sees its own.
+
+    Against attention over each sample's whole sequence by itself, in float64.
+    """
+    torch.manual_seed(seed)
+    chance, (heads, kv_heads, dim) = random.Random(seed), (4, 2, 6)
+    lengths, group, steps = [5, 3, 7], 4, 9
+    cache = KVCache(1, group, steps)
+
+    def new(count):
+        return [
+            torch.randn(count, h, dim, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)
+        ]
+
+    q, k, v = new(sum(lengths))
+    cache.attend(0, q, k, v, Bounds(tuple((n,) for n in lengths), torch.device("cpu")))
+    parts = [x.split(lengths) for x in (k, v)]
+    past = [[parts[0][s // group], parts[1][s // group]] for s in range(3 * group)]
+    live = list(range(3 * group))
+    for _ in range(steps):
+        q, k, v = new(len(live))
+        out = cache.attend(0, q, k, v, None)
+        cache.advance()
+        for row, who in enumerate(live):
+            past[who] = [
+                torch.cat((old, x[row : row + 1])) for old, x in zip(past[who], (k, v), strict=True)
+            ]
+            keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in past[who])
+            scores = torch.einsum("hd,lhd->hl", q[row], keys) / dim**0.5
+            expected = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
+            torch.testing.assert_close(out[row], expected, atol=1e-6, rtol=1e-6)
+        going = sorted(chance.sample(range(len(live)), max(1, len(live) - chance.randint(0, 3))))
+        live = [live[i] for i in going]
+        cache.keep(torch.tensor(going))
+    assert cache.own[0][0].shape[:3].numel() < 3 * group * kv_heads, "it never shrank"
