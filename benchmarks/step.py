@@ -73,7 +73,8 @@ def ours(settings: dict) -> dict:
     argv += "--max_prompt_length 4096 --max_pixels 1048576 --loss_type grpo --diagnose_after 0"
     paths = ["--model_name_or_path", settings["checkpoint"], "--dataset_name", settings["images"]]
     train_cls.main([*argv.split(), *paths, "--output_dir", str(run)])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()][1:]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert len(lines) == settings["steps"] + 1, "a held-out split would add a line"
     assert all(line["completions/mean_length"] == settings["completion"] for line in lines)
     phases = ("rollout", "reference", "training", "optimizer")
     return {
