@@ -490,3 +490,23 @@ def test_samples_that_finish_leave_the_others_as_they_are(seed):
         live = [live[i] for i in going]
         cache.keep(torch.tensor(going))
     assert cache.own[0][0].shape[:3].numel() < 3 * group * kv_heads, "it never shrank"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000, 1024])
+def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
+    """Against one long cumulative sum in float64, also at the ends and beside tokens of weight 0."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(300, vocabulary, generator=generator) * 3
+    if vocabulary > 1:
+        gone = torch.rand(300, vocabulary, generator=generator) < 0.5
+        gone[torch.arange(300), torch.randint(vocabulary, (300,), generator=generator)] = False
+        logits.masked_fill_(gone, float("-inf"))
+    uniform = torch.rand(300, dtype=torch.float64, generator=generator)
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    token, logp = sample(logits, Sampling(1), uniform)
+    probs = logits.double().softmax(1)
+    upper = probs.cumsum(1).gather(1, token[:, None]).squeeze(1)
+    chosen = probs.gather(1, token[:, None]).squeeze(1)
+    assert (chosen > 0).all()
+    assert (uniform <= upper + 1e-6).all() and (uniform >= upper - chosen - 1e-6).all()
+    torch.testing.assert_close(logp, chosen.log().float(), atol=1e-5, rtol=1e-5)
