@@ -494,7 +494,7 @@ def test_samples_that_finish_leave_the_others_as_they_are(seed):
 
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000, 1024])
 def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
-    """Against one long cumulative sum in float64, also at the ends and beside tokens of weight 0."""
+    """Against one long sum in float64, at the ends too, and no token of weight 0."""
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(300, vocabulary, generator=generator) * 3
     if vocabulary > 1:

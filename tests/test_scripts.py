@@ -551,17 +551,22 @@ def perfect_records(examples, frame: str, some_names) -> list[dict]:
     return results
 
 
+def save_turned(upright: Image.Image, orientation: int, path: Path) -> None:
+    """The image as a camera held so would store it, with the EXIF tag that turns it back."""
+    turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
+    turns |= {8: Image.Transpose.ROTATE_270}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
+    stored.save(path, exif=exif)
+
+
 def test_average_precision_in_pixels_and_thousandths(tmp_path):
     """A box survives resizing and EXIF rotation: it counts the upright image's own pixels."""
     table, size = [], (300, 200)
     for number, orientation in enumerate((1, 6, 3, 8)):
         upright = Image.new("RGB", size, (40 * number, 90, 20))
-        turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
-        turns |= {8: Image.Transpose.ROTATE_270}
-        stored = upright.transpose(turns[orientation]) if orientation in turns else upright
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        stored.save(tmp_path / f"{number}.png", exif=exif)
+        save_turned(upright, orientation, tmp_path / f"{number}.png")
         box = [30, 20, 240, 190]
         row = {"image": f"{number}.png", "problem": "Detect category 'ace'."}
         row["solution"] = f"<answer>[{{'Position': {box}, 'Confidence': 1.0}}]</answer>"
@@ -586,12 +591,7 @@ def test_the_model_sees_an_object_where_its_box_says(size, orientation, tmp_path
     box = [width * 0.3, height * 0.25, width * 0.8, height * 0.6]
     upright = Image.new("RGB", size, "black")
     upright.paste("white", tuple(round(edge) for edge in box))
-    turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
-    turns |= {8: Image.Transpose.ROTATE_270}
-    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "0.png", exif=exif)
+    save_turned(upright, orientation, tmp_path / "0.png")
     row = {"image": "0.png", "problem": "Detect category 'ace'."}
     row["solution"] = f"<answer>[{{'Position': {box}, 'Confidence': 1.0}}]</answer>"
     (tmp_path / "train.json").write_text(json.dumps([row]))
