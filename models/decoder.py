@@ -1,7 +1,5 @@
 """The language model's layers over packed tokens: no padding, no batch dimension."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,15 +27,16 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        bounds: Bounds | None,
+        bounds: Bounds,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        attend = attention if cache is None else partial(cache.attend, layer)
-        return self.o_proj(attend(q, k, v, bounds).flatten(1))
+        if cache is not None:
+            cache.store_prompts(layer, k, v, bounds)
+        return self.o_proj(attention(q, k, v, bounds).flatten(1))
 
 
 class DecoderLayer(nn.Module):
@@ -68,12 +67,13 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         position_ids: Tensor,
-        bounds: Bounds | None,
+        bounds: Bounds,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(T, hidden) embeddings at position_ids (3, T) int64 -> (T, hidden).
 
-        `bounds` says who attends to whom; None only in a decode step, where `cache` knows.
+        `bounds` says who attends to whom. A `cache` keeps the keys and values of every layer, for
+        models/decode.py to go on from.
         """
         cos, sin = mrope(position_ids, self.config.mrope_section, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import KVCache
+from models.decode import DecodeStep
 from models.processor import Prompt
 from models.qwen_vl import QwenVL
 
@@ -83,7 +84,8 @@ def generate(
         cache,
     )
     last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).to(device) - 1
-    hidden = hidden[last].repeat_interleave(group, 0)
+    hidden = hidden[last].repeat_interleave(group, 0).T  # columns, as a decode step gives them
+    decode = DecodeStep(model)
 
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     position = position.repeat_interleave(group)
@@ -95,8 +97,7 @@ def generate(
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     for step in range(limit):
-        # the head first: on a CPU half the time of F.linear where the vocabulary is large
-        logits = torch.mm(model.head_weight, hidden.T).T.float().contiguous()
+        logits = torch.mm(model.head_weight, hidden).T.float().contiguous()
         logits.index_fill_(1, suppressed, NEVER)
         token, logp = sample(logits, sampling, uniforms[live, step])
         tokens[live, step], logps[live, step] = token, logp
@@ -108,9 +109,7 @@ def generate(
             cache.keep(going)
         if step + 1 == limit or not len(live):
             break
-        position_ids = (position[live] + step).expand(3, -1)
-        hidden = model(token, position_ids, None, cache=cache)
-        cache.advance()
+        hidden = decode(token, (position[live] + step).expand(3, -1), cache)
     if logps.isnan().any():  # looked for once, not in every step: it would wait for the device
         raise FloatingPointError("the model's logits are not numbers: it has diverged")
     tokens, lengths = tokens.tolist(), lengths.tolist()
@@ -123,8 +122,8 @@ def generate(
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
-    logits: (N, V) float32, -inf where a token is suppressed; uniform: (N,) float64 in [0, 1), not
-    used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
+    logits: (N, V) float32, -inf where a token is suppressed, overwritten; uniform: (N,) float64 in
+    [0, 1), not used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
     top-p, which are the sampler's alone: training does not know them. Rows of NaN give some token
     and a NaN.
     """
@@ -132,13 +131,13 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         token = logits.argmax(1)
         return token, logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)
     if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
-    largest = logits.amax(1, keepdim=True)
-    weights = (logits - largest).exp_()
-    normalizer = weights.sum(1, keepdim=True).log() + largest
+        logits /= sampling.temperature
+    logits -= logits.amax(1, keepdim=True)
+    shifted, weights = logits, logits.exp()
+    normalizer = weights.sum(1, keepdim=True).log()
     if 0 < sampling.top_k < logits.shape[1]:
-        kth = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        weights.masked_fill_(logits < kth, 0.0)
+        kth = shifted.topk(sampling.top_k, dim=1).values[:, -1:]
+        weights.masked_fill_(shifted < kth, 0.0)
     if sampling.top_p < 1:
         ordered, order = weights.double().sort(dim=1, descending=True)
         total = ordered.sum(1, keepdim=True)
@@ -147,19 +146,22 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         ordered = ordered.masked_fill(before >= sampling.top_p * total, 0.0)
         weights = torch.zeros_like(weights).scatter_(1, order, ordered.float())
     token = _draw(weights, uniform)[:, None]
-    return token.squeeze(1), (logits.gather(1, token) - normalizer).squeeze(1)
+    return token.squeeze(1), (shifted.gather(1, token) - normalizer).squeeze(1)
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """The index at which the cumulative sum of each row passes uniform * its total, (N,) int64.
 
-    weights: (N, V) float32, not negative. Summed in float64, first by blocks, then within one: in
-    float32 the sum could round to the target, and a token of weight 0 would be reached.
+    weights: (N, V) float32, not negative. Summed by blocks first, then within one, cumulatively in
+    float64: in float32 the sum could round to the target, and a token of weight 0 be reached.
     """
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    sums = blocks.sum(2, dtype=torch.float64)
+    if missing := -weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, missing))
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(2).double()
     reached = sums.cumsum(1)
-    target = uniform[:, None] * reached[:, -1:]
+    # the factor: a product that rounds to the whole sum would point beyond the last weight
+    target = uniform[:, None] * (1 - 2**-52) * reached[:, -1:]
     block = torch.searchsorted(reached, target, right=True).clamp(max=sums.shape[1] - 1)
     before = reached.gather(1, block) - sums.gather(1, block)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(1)]
@@ -168,4 +170,4 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     below = inside[:, -1:] * (1 - 2**-52)
     place = torch.searchsorted(inside, (target - before).clamp(min=0).minimum(below), right=True)
     token = (block * BLOCK + place).squeeze(1)
-    return token.clamp(max=weights.shape[1] - 1)  # beyond the end for NaN only
+    return token.clamp(max=weights.shape[1] - missing - 1)  # beyond the end for NaN only

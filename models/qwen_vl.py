@@ -66,7 +66,7 @@ class QwenVL(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        bounds: Bounds | None,
+        bounds: Bounds,
         image_features: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
