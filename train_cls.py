@@ -36,7 +36,7 @@ from grpo.log import (
     held_out_metrics,
     rollout_metrics,
 )
-from grpo.logps import pack_logps
+from grpo.logps import head_chunks, pack_logps
 from grpo.loss import (
     group_advantages,
     length_penalty,
@@ -359,7 +359,7 @@ def main(argv: list[str]) -> int:
             if config.num_iterations > 1:
                 old_logps = [pack_logps(policy, pack, *scoring)[0] for pack in packs]
 
-        # 5. Loss and step: a plain sum over tokens, over packs, over ranks.
+        # 5. Loss and step: a plain sum over tokens, over chunks of the head, packs and ranks.
         sums, drift = dict.fromkeys(("kl", "entropy", "clip_low", "clip_high"), 0.0), [0.0]
         rate = dist.learning_rate(
             step - 1, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
@@ -367,30 +367,33 @@ def main(argv: list[str]) -> int:
         for iteration in range(config.num_iterations):
             for pack, ref, old in zip(packs, ref_logps, old_logps, strict=True):
                 with phase("training"):
-                    logps, entropy = pack_logps(policy, pack, *scoring)
-                    loss, stats = policy_loss(
-                        logps,
-                        old,
-                        pack.per_token(advantages[places]).to(logps),
-                        pack.per_token(weights[places]).to(logps),
-                        config.epsilon,
-                        config.epsilon_high,
-                        ref,
-                        config.beta,
-                        config.kl_estimator,
-                    )
-                    loss.backward()
-                for name, value in {**stats, "entropy": entropy.sum()}.items():
-                    sums[name] += float(value)
-                if iteration == 0:  # still the policy that sampled
-                    sampled = pack.sampling_logps(groups).to(logps)
-                    drift.append(float((logps.detach() - sampled).abs().max()))
+                    sampled = pack.sampling_logps(groups).to(ranks.device)
+                    pack_advantages = pack.per_token(advantages[places]).to(sampled)
+                    pack_weights = pack.per_token(weights[places]).to(sampled)
+                    for part, logps, entropy in head_chunks(policy, pack, *scoring):
+                        loss, stats = policy_loss(
+                            logps,
+                            None if old is None else old[part],
+                            pack_advantages[part],
+                            pack_weights[part],
+                            config.epsilon,
+                            config.epsilon_high,
+                            None if ref is None else ref[part],
+                            config.beta,
+                            config.kl_estimator,
+                        )
+                        loss.backward()
+                        for name, value in {**stats, "entropy": entropy.sum()}.items():
+                            sums[name] += value
+                        if iteration == 0:  # still the policy that sampled
+                            drift.append((logps.detach() - sampled[part]).abs().max())
             with phase("optimizer"):
                 grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
 
         # 6. Report: metrics, completions, evaluation, checkpoint.
         count = sum(r["tokens"] for row in records for r in row) * config.num_iterations
-        means = {name: total / count for name, total in ranks.sum(sums).items()}
+        sums = ranks.sum({name: float(total) for name, total in sums.items()})
+        means = {name: total / count for name, total in sums.items()}
         metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
         metrics |= rollout_metrics(records, state["num_tokens"])
         metrics |= {"kl": means["kl"]} if reference is not None else {}
@@ -398,7 +401,7 @@ def main(argv: list[str]) -> int:
             "entropy": means["entropy"],
             "clip_ratio/low_mean": means["clip_low"],
             "clip_ratio/high_mean": means["clip_high"],
-            "sampling/logp_difference_max": max(ranks.gather([max(drift)])),
+            "sampling/logp_difference_max": max(ranks.gather([float(max(drift))])),
             "grad_norm": grad_norm,
             "learning_rate": rate,
         }

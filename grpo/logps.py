@@ -1,9 +1,26 @@
 """Log-probs and entropy of completion tokens, without ever holding (tokens, vocabulary) logits.
 
-The head is applied a chunk of tokens at a time, forward and backward; the backward pass forms each
-chunk's logits again. One pass of the model scores a whole pack: each prompt once, then its
-completions (see grpo/rollout.py for how packs are made).
+One pass of the model scores a whole pack: each prompt once, then its completions (see
+grpo/rollout.py for how packs are made). The head then works on a chunk of tokens at a time, in one
+of two ways with the same numbers:
+
+`head_chunks` hands out chunk after chunk, and the gradient of each is formed from the probabilities
+that are still there: three products with the head's weight. It serves every loss that is a sum over
+tokens. `pack_logps` returns the log-probs of all tokens at once, for any other loss, or for none (the
+reference); its backward pass forms each chunk's logits again, a fourth product.
+
+With p = softmax(W h / temperature), target t and g = dL / dlogp of one token:
+
+    slope         = (1 - p_t) W_t - sum of p_v W_v over v != t
+    dL / dh       = g slope / temperature
+    entropy       = -logp + h . slope / temperature
+    dL / dW_t    += g (1 - p_t) h / temperature
+    dL / dW_v    -= g p_v h / temperature, v != t
+
+1 - p_t is a sum over the other tokens, exact where p_t is nearly 1.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,65 +33,85 @@ MOST_LOGITS = 2**25  # that exist at once: 128 MB
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(W h / temperature)[target] and the entropy, chunk by chunk."""
+    """All tokens, chunk by chunk; the backward pass forms the probabilities again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk):
-        buffer, exponentials = _buffer(hidden, weight, chunk), _buffer(hidden, weight, chunk)
-        logps, entropy, normalizers = [], [], []
-        for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = _logits(h, weight, temperature, suppressed, buffer)
-            largest = logits.amax(1)
-            shifted = logits.sub_(largest[:, None])
-            exps = torch.exp(shifted, out=exponentials[: len(h)])
-            total = exps.sum(1)
-            logps.append(shifted.gather(1, target[:, None]).squeeze(1) - total.log())
-            entropy.append(total.log() - torch.linalg.vecdot(exps, shifted) / total)
-            normalizers.append(largest + total.log())
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+        buffer = _buffer(weight, min(chunk, len(hidden)))
+        logps, slopes = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logp, *softmax = _softmax(h, weight, t, temperature, suppressed, buffer)
+            logps.append(logp)
+            if any(ctx.needs_input_grad):
+                slopes.append(_slope(weight, t, *softmax))
+        logps = torch.cat(logps)
+        if not slopes:
+            return logps, None
+        slope = torch.cat(slopes)
+        entropy = _entropy(hidden, logps, slope, temperature)
+        ctx.save_for_backward(hidden, weight, targets, slope)
         ctx.settings = temperature, suppressed, chunk
-        logps, entropy = torch.cat(logps), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden, weight, targets, slope = ctx.saved_tensors
         temperature, suppressed, chunk = ctx.settings
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        buffer = _buffer(hidden, weight, chunk)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # summed over chunks in the logits' precision, so that bf16 does not round every partial sum
-        grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if need_weight else None
-        grad = (grad / temperature)[:, None].to(buffer.dtype)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, temperature, suppressed, buffer)
-            # d logp / d logits = onehot(target) - probs; suppressed tokens have probs exactly 0
-            slope = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part])
-            slope.scatter_add_(1, targets[part, None], grad[part])
-            slope = slope.to(weight.dtype)
-            if need_hidden:
-                torch.mm(slope, weight, out=grad_hidden[part])
-            if need_weight and weight.dtype == buffer.dtype:
-                grad_weight.addmm_(slope.T, hidden[part])
-            elif need_weight:
-                grad_weight += slope.T @ hidden[part]
-        grad_weight = grad_weight.to(weight.dtype) if need_weight else None
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (slope * (grad / temperature)[:, None]).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            buffer = _buffer(weight, min(chunk, len(hidden)))
+            grad_weight = torch.zeros_like(weight, dtype=buffer.dtype)
+            for h, t, g in zip(*(x.split(chunk) for x in (hidden, targets, grad)), strict=True):
+                _, *softmax = _softmax(h, weight, t, temperature, suppressed, buffer)
+                _add_grad_weight(grad_weight, h, t, g / temperature, *softmax)
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _buffer(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+class _ChunkLogps(torch.autograd.Function):
+    """One chunk; its probabilities stay in `buffer` until its backward pass, which adds the
+    weight's gradient to `grad_weight` (None where the weight is frozen)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, suppressed, buffer, grad_weight):
+        logps, *softmax = _softmax(hidden, weight, targets, temperature, suppressed, buffer)
+        slope = _slope(weight, targets, *softmax)
+        entropy = _entropy(hidden, logps, slope, temperature)
+        # saved, so that a backward pass after the next chunk overwrote them is an error
+        ctx.save_for_backward(hidden, targets, slope, *softmax)
+        ctx.settings = temperature, grad_weight
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, targets, slope, *softmax = ctx.saved_tensors
+        temperature, grad_weight = ctx.settings
+        grad = grad / temperature
+        if grad_weight is not None:
+            _add_grad_weight(grad_weight, hidden, targets, grad, *softmax)
+        return (slope * grad[:, None]).to(hidden.dtype), *[None] * 6
+
+
+def _buffer(weight: Tensor, chunk: int) -> Tensor:
     """(chunk, V) in float32 at least, used for every chunk: fresh memory would cost as much again
     as what is computed in it."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+    return weight.new_empty(chunk, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor | None, buffer: Tensor
-) -> Tensor:
-    """(C, V) logits, written over `buffer`; so low for suppressed tokens that exp makes them 0."""
+def _softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    suppressed: Tensor | None,
+    buffer: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps (C,); exp(logit - largest) of all but the targets (C, V), written over `buffer`; the
+    same of the targets (C,); and the sum of both (C,)."""
     logits = buffer[: len(hidden)]
     if weight.dtype == buffer.dtype:
         torch.mm(hidden, weight.T, out=logits)
@@ -83,9 +120,45 @@ def _logits(
     if temperature != 1.0:
         logits /= temperature
     if suppressed is not None:
-        # finite, because the entropy multiplies it by a probability of 0
-        logits.index_fill_(1, suppressed, torch.finfo(logits.dtype).min / 2)
-    return logits
+        logits.index_fill_(1, suppressed, float("-inf"))
+    logits -= logits.amax(1, keepdim=True)
+    shifted = logits.gather(1, targets[:, None])
+    others = logits.exp_().scatter_(1, targets[:, None], 0.0)
+    shifted = shifted.squeeze(1)
+    target = shifted.exp()
+    total = others.sum(1) + target
+    return shifted - total.log(), others, target, total
+
+
+def _slope(
+    weight: Tensor, targets: Tensor, others: Tensor, target: Tensor, total: Tensor
+) -> Tensor:
+    """(C, D), see the module's text."""
+    expected = (others.to(weight.dtype) @ weight).to(others.dtype)
+    return torch.addcmul(-expected, (total - target)[:, None], weight[targets]) / total[:, None]
+
+
+def _entropy(hidden: Tensor, logps: Tensor, slope: Tensor, temperature: float) -> Tensor:
+    return torch.linalg.vecdot(hidden.to(slope.dtype), slope) / temperature - logps
+
+
+def _add_grad_weight(
+    grad_weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    grad: Tensor,
+    others: Tensor,
+    target: Tensor,
+    total: Tensor,
+) -> None:
+    """Adds dL / dW to grad_weight (V, D), in the logits' precision, so that bf16 does not round every
+    partial sum. grad: dL / dlogp / temperature, (C,)."""
+    scaled = hidden.to(others.dtype) * (grad / total)[:, None]
+    if hidden.dtype == others.dtype:
+        grad_weight.addmm_(others.T, scaled, alpha=-1)
+    else:
+        grad_weight -= others.to(hidden.dtype).T @ scaled.to(hidden.dtype)
+    grad_weight.index_add_(0, targets, scaled * (total - target)[:, None])
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -100,14 +173,14 @@ def token_logps(
     temperature: float = 1.0,
     suppressed: Tensor | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Log-prob (nats) of each target and entropy (nats) of each distribution.
 
     hidden: (C, D), at the positions that predict the targets. weight: (V, D). targets: (C,) int64.
     suppressed: int64 ids with probability 0, as in sampling. Returns (C,), (C,) in float32 (float64
     for float64 inputs); gradients flow through the log-probs to hidden and weight, none through the
-    entropy, which is reported and not optimized. Memory: two (chunk, V) buffers,
-    by default of `chunk_tokens(V)` tokens.
+    entropy, which is reported and not optimized, and which is None where no gradient is wanted: it
+    would cost a product. Memory: a (chunk, V) buffer, by default of `chunk_tokens(V)` tokens.
     """
     chunk = chunk or chunk_tokens(len(weight))
     return _TokenLogps.apply(hidden, weight, targets, temperature, suppressed, chunk)
@@ -119,17 +192,55 @@ def pack_logps(
     temperature: float,
     suppressed: Tensor | None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(logps, entropy) of the pack's completion tokens, in the pack's order, each (C,).
 
-    Gradients flow back through the shared prompt and its images, unless torch.no_grad is on.
+    Gradients flow back through the shared prompt and its images, unless torch.no_grad is on; the
+    entropy is None then.
     """
-    hidden = model(
+    hidden, targets = _hidden(model, pack), pack.targets.to(model.device)
+    return token_logps(hidden, model.head_weight, targets, temperature, suppressed, chunk)
+
+
+def head_chunks(
+    model: QwenVL,
+    pack: Pack,
+    temperature: float,
+    suppressed: Tensor | None,
+    chunk: int | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(part, logps, entropy) of one chunk of the pack's completion tokens after another.
+
+    part: which of the pack's tokens these are; logps and entropy: (c,), as `token_logps`. Call
+    backward on each chunk's loss before asking for the next; the backward pass through the decoder
+    and the images follows once after the last chunk, so take them all.
+    """
+    hidden, targets, weight = _hidden(model, pack), pack.targets.to(model.device), model.head_weight
+    chunk = min(chunk or chunk_tokens(len(weight)), len(targets))
+    buffer = _buffer(weight, chunk)
+    trained = weight.requires_grad
+    grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if trained else None
+    grad_hidden = []
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        leaf = hidden[part].detach().requires_grad_()
+        settings = temperature, suppressed, buffer, grad_weight
+        yield part, *_ChunkLogps.apply(leaf, weight.detach(), targets[part], *settings)
+        assert leaf.grad is not None, "call backward on this chunk's loss first"
+        grad_hidden.append(leaf.grad)
+    del buffer
+    gradients = [(hidden, torch.cat(grad_hidden))] if hidden.requires_grad else []
+    if trained:
+        gradients.append((weight, grad_weight.to(weight.dtype)))
+    torch.autograd.backward(*zip(*gradients, strict=True))
+
+
+def _hidden(model: QwenVL, pack: Pack) -> Tensor:
+    """Hidden states (C, D) at the positions that predict the pack's completion tokens."""
+    return model(
         pack.input_ids.to(model.device),
         pack.position_ids.to(model.device),
         model.bounds(pack.rows),
         image_features(model, pack.prompts),
+        read=pack.predicts.to(model.device),
     )
-    hidden = hidden[pack.predicts.to(model.device)]
-    targets = pack.targets.to(model.device)
-    return token_logps(hidden, model.head_weight, targets, temperature, suppressed, chunk)

@@ -12,7 +12,7 @@ dtype). There is no dropout and no sliding window.
 
 import inspect
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,19 @@ class Bounds:
             own = (step < lengths[:, None]).flatten().nonzero().squeeze(1)
             rectangles.append((index.flatten().to(self.device), own.to(self.device)))
         return rectangles
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
+    def mask(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
+        """(C, P + C) of 0 and -inf: what a completion sees of its prompt and of itself."""
+        sizes = (prompt, completion)
+        if sizes not in self._masks:  # made for the first layer, kept for the others
+            own = torch.full((completion, completion), float("-inf"), dtype=dtype).triu(1)
+            mask = torch.cat((own.new_zeros(completion, prompt), own), 1)
+            self._masks[sizes] = mask.to(self.device)
+        return self._masks[sizes]
 
     @cached_property
     def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
@@ -152,18 +165,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
             own_q,
             torch.cat((first_k.expand(group, -1, -1, -1), own_k), 2),
             torch.cat((first_v.expand(group, -1, -1, -1), own_v), 2),
-            attn_mask=_mask(row[0], own_q.shape[2], q.dtype, q.device),
+            attn_mask=bounds.mask(row[0], own_q.shape[2], q.dtype),
             enable_gqa=gqa,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, own))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-@lru_cache(maxsize=64)
-def _mask(prompt: int, completion: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, P + C) of 0 and -inf: what a completion sees of its prompt and of itself."""
-    own = torch.full((completion, completion), float("-inf"), dtype=dtype, device=device).triu(1)
-    return torch.cat((own.new_zeros(completion, prompt), own), 1)
 
 
 @cache

@@ -76,15 +76,16 @@ def generate(
     device = model.device
     count, limit = len(prompts) * group, sampling.max_completion_length
     cache = KVCache(model.config.num_hidden_layers, group, limit)
+    last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).to(device) - 1
     hidden = model(
         torch.cat([prompt.input_ids for prompt in prompts]).to(device),
         torch.cat([prompt.position_ids for prompt in prompts], dim=1).to(device),
         model.bounds([(len(prompt),) for prompt in prompts]),
         image_features(model, prompts),
         cache,
+        last,
     )
-    last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).to(device) - 1
-    hidden = hidden[last].repeat_interleave(group, 0).T  # columns, as a decode step gives them
+    hidden = hidden.repeat_interleave(group, 0).T  # columns, as a decode step gives them
     decode = DecodeStep(model)
 
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device)

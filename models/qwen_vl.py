@@ -69,18 +69,20 @@ class QwenVL(nn.Module):
         bounds: Bounds,
         image_features: Tensor | None = None,
         cache: KVCache | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (T, hidden).
+        """Hidden states after the final norm: (T, hidden), or (R, hidden) at the positions `read`.
 
         input_ids: (T,) int64 packed; position_ids: (3, T) int64; image_features: (image tokens in
-        input_ids, hidden) in order of appearance, None where there are none.
+        input_ids, hidden) in order of appearance, None where there are none. bounds, cache and
+        read: see models/decoder.py.
         """
         x = self.model.embed_tokens(input_ids)
         if image_features is not None:
             where = (input_ids == self.config.image_token_id).nonzero().squeeze(1)
             assert len(where) == len(image_features), "image tokens and features differ in number"
             x = x.index_copy(0, where, image_features.to(x.dtype))
-        return self.model(x, position_ids, bounds, cache)
+        return self.model(x, position_ids, bounds, cache, read)
 
 
 def mrope_position_ids(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.logps import pack_logps, token_logps
+from grpo.logps import head_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.rollout import make_packs, sample_groups, uniform_numbers
 from models.generate import Sampling, image_features
@@ -93,29 +93,34 @@ def table(groups):
     return lengths, group_advantages(torch.rand(lengths.shape, dtype=torch.float64))
 
 
-def packed_gradient(model, groups, tokens_per_pack, reference=None):
-    """One step's loss and gradient, as train_cls.py forms it."""
+def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, one_pass=True):
+    """One step's loss and gradient: as train_cls.py forms it, or through `pack_logps`."""
     model.zero_grad()
     lengths, advantages = table(groups)
     weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
     suppressed, total = torch.tensor(SUPPRESSED), 0.0
     packs = make_packs(groups, tokens_per_pack)
     for pack in packs:
-        logps, _ = pack_logps(model, pack, SAMPLING.temperature, suppressed, chunk=7)
+        scoring = (SAMPLING.temperature, suppressed)
         ref = None
         if reference is not None:
             with torch.no_grad():
-                ref, _ = pack_logps(reference, pack, SAMPLING.temperature, suppressed)
-        loss, _ = policy_loss(
-            logps,
-            None,
-            pack.per_token(advantages),
-            pack.per_token(weights),
-            ref_logps=ref,
-            beta=0.1 if reference is not None else 0.0,
-        )
-        loss.backward()
-        total += loss.item()
+                ref, _ = pack_logps(reference, pack, *scoring, chunk)
+        if one_pass:
+            chunks = head_chunks(model, pack, *scoring, chunk)
+        else:
+            chunks = [(slice(None), *pack_logps(model, pack, *scoring, chunk))]
+        for part, logps, _ in chunks:
+            loss, _ = policy_loss(
+                logps,
+                None,
+                pack.per_token(advantages)[part],
+                pack.per_token(weights)[part],
+                ref_logps=ref if ref is None else ref[part],
+                beta=0.1 if reference is not None else 0.0,
+            )
+            loss.backward()
+            total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}, len(packs)
 
 
@@ -147,8 +152,10 @@ def naive_gradient(model, groups, reference):
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_packed_gradient_is_the_naive_one(tied):
+def test_the_packed_gradient_is_the_naive_one(tied, one_pass, chunk):
     """Several groups, images of different sizes and none, completions of length 1 to the limit."""
     model = tiny_model(tiny_config(tied))
     reference = tiny_model(tiny_config(tied), seed=1)
@@ -156,7 +163,7 @@ def test_the_packed_gradient_is_the_naive_one(tied):
     lengths = {len(c) for g in groups for c in g.completion_ids}
     assert {1, SAMPLING.max_completion_length} <= lengths, f"{lengths}: a blunt test"
     expected_loss, expected = naive_gradient(model, groups, reference)
-    loss, gradient, _ = packed_gradient(model, groups, 10_000, reference)
+    loss, gradient, _ = packed_gradient(model, groups, 10_000, reference, chunk, one_pass)
     assert loss == pytest.approx(expected_loss, abs=1e-12)
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, atol=1e-10, rtol=1e-10)
@@ -254,3 +261,50 @@ def test_groups_do_not_depend_on_which_prompts_share_a_rank():
     for place, group in enumerate(whole):
         assert group.completion_ids == shared[place % 2][place // 2].completion_ids
     assert sample_groups(model, [], 3, SAMPLING, 0, 1, []) == []
+
+
+def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_time():
+    config = tiny_config(vocab=2000)
+    model = tiny_model(config, torch.float32)
+    groups = rollout(model)
+    pack = make_packs(groups, 10_000)[0]
+    tokens, chunk = len(pack.targets), 5
+    assert tokens > 20 * chunk
+    with LargestTensor() as largest:
+        for _, logps, _ in head_chunks(model, pack, 1.0, None, chunk):
+            logps.sum().backward()
+    weights = 2000 * config.hidden_size
+    assert largest.numel <= max(weights, chunk * 2000) < tokens * 2000
+
+    late = []
+    with pytest.raises(AssertionError, match="backward"):
+        late += [logps for _, logps, _ in head_chunks(model, pack, 1.0, None, chunk)]
+    chunks = head_chunks(model, pack, 1.0, None, chunk)
+    _, first, _ = next(chunks)
+    first.sum().backward(retain_graph=True)
+    next(chunks)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["model.embed_tokens", "visual", "model.layers"])
+def test_one_pass_leaves_frozen_weights_alone(frozen):
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    _, whole, _ = packed_gradient(model, groups, 10_000)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    model.zero_grad(set_to_none=True)
+    pack = make_packs(groups, 10_000)[0]
+    lengths, advantages = table(groups)
+    weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
+    for part, logps, _ in head_chunks(model, pack, SAMPLING.temperature, torch.tensor(SUPPRESSED)):
+        loss, _ = policy_loss(
+            logps, None, pack.per_token(advantages)[part], pack.per_token(weights)[part]
+        )
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, whole[name], atol=1e-12, rtol=1e-9)
