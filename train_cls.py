@@ -47,7 +47,7 @@ from grpo.loss import (
 from grpo.plan import describe, total_steps
 from grpo.rollout import make_packs, sample_groups
 from models.attention import choose_implementation
-from models.generate import Sampling
+from models.generate import Sampling, with_image_features
 from models.load import check_checkpoint, find_folder, load_model
 from models.processor import Processor
 from rewards.cls import accuracy_reward, read_aliases, read_class
@@ -256,9 +256,11 @@ def main(argv: list[str]) -> int:
     policy = load_model(folder, dtype, ranks.device, kernel)
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     policy.visual.gradient_checkpointing = config.gradient_checkpointing
+    policy.visual.requires_grad_(not config.freeze_vision)
     reference = None
     if config.beta > 0:
         reference = load_model(folder, dtype, ranks.device, kernel).requires_grad_(False)
+        reference.visual = policy.visual if config.freeze_vision else reference.visual
     optimizer = dist.Optimizer(policy, config.weight_decay)
     state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None}
     if config.resume_from_checkpoint:
@@ -313,9 +315,12 @@ def main(argv: list[str]) -> int:
             dealt = ranks.mine(list(enumerate(rows, start=spent)))
             examples = [train[row] for _, row in dealt]
             with phase("rollout"):
+                prompts = encode(examples, processor)
+                if config.freeze_vision:
+                    prompts = with_image_features(policy, prompts)
                 drawn = sample_groups(
                     policy,
-                    encode(examples, processor),
+                    prompts,
                     config.num_generations,
                     sampling,
                     config.seed,
@@ -351,6 +356,10 @@ def main(argv: list[str]) -> int:
         weights = token_weights(lengths, config.loss_type, config.max_completion_length)
 
         # 4. Log-probs to compare with: the reference's, and the old policy's where it will move.
+        # Without a KL term a group whose advantages are all 0 has no gradient: it is left out.
+        if config.beta == 0:
+            alive = [i for i, place in enumerate(places) if advantages[place].any()]
+            groups, places = [groups[i] for i in alive], [places[i] for i in alive]
         packs = make_packs(groups, config.tokens_per_pack)
         ref_logps = old_logps = [None] * len(packs)
         with phase("reference"), torch.no_grad():
@@ -360,7 +369,8 @@ def main(argv: list[str]) -> int:
                 old_logps = [pack_logps(policy, pack, *scoring)[0] for pack in packs]
 
         # 5. Loss and step: a plain sum over tokens, over chunks of the head, packs and ranks.
-        sums, drift = dict.fromkeys(("kl", "entropy", "clip_low", "clip_high"), 0.0), [0.0]
+        names = ("tokens", "kl", "entropy", "clip_low", "clip_high")
+        sums, drift = dict.fromkeys(names, 0.0), [0.0]
         rate = dist.learning_rate(
             step - 1, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
         )
@@ -383,7 +393,8 @@ def main(argv: list[str]) -> int:
                             config.kl_estimator,
                         )
                         loss.backward()
-                        for name, value in {**stats, "entropy": entropy.sum()}.items():
+                        stats |= {"tokens": len(logps), "entropy": entropy.sum()}
+                        for name, value in stats.items():
                             sums[name] += value
                         if iteration == 0:  # still the policy that sampled
                             drift.append((logps.detach() - sampled[part]).abs().max())
@@ -391,16 +402,19 @@ def main(argv: list[str]) -> int:
                 grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
 
         # 6. Report: metrics, completions, evaluation, checkpoint.
-        count = sum(r["tokens"] for row in records for r in row) * config.num_iterations
         sums = ranks.sum({name: float(total) for name, total in sums.items()})
-        means = {name: total / count for name, total in sums.items()}
+        scored = sums.pop("tokens")
+        means = {name: total / max(scored, 1) for name, total in sums.items()}
         metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
         metrics |= rollout_metrics(records, state["num_tokens"])
         metrics |= {"kl": means["kl"]} if reference is not None else {}
+        if scored:
+            metrics |= {
+                "entropy": means["entropy"],
+                "clip_ratio/low_mean": means["clip_low"],
+                "clip_ratio/high_mean": means["clip_high"],
+            }
         metrics |= {
-            "entropy": means["entropy"],
-            "clip_ratio/low_mean": means["clip_low"],
-            "clip_ratio/high_mean": means["clip_high"],
             "sampling/logp_difference_max": max(ranks.gather([float(max(drift))])),
             "grad_norm": grad_norm,
             "learning_rate": rate,

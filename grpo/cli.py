@@ -100,6 +100,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = flag(
         True, "recompute each layer in the backward pass; saves memory, costs a third more time"
     )
+    freeze_vision: bool = flag(
+        False, "leave the vision tower as it is: each image is encoded once a step, not three times"
+    )
     attn_implementation: str = flag(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa")
     )
@@ -124,7 +127,7 @@ ELSEWHERE = {
     "deepspeed": "start several ranks with torchrun --nproc_per_node=N",
     "use_vllm": "there is no inference server: sampling uses the model in training",
     "fp16": "use --bf16",
-    "freeze_vision_modules": "the vision tower is always trained here",
+    "freeze_vision_modules": "use --freeze_vision",
     "max_steps_per_epoch": "use --max_steps",
     "eval_strategy": "use --eval_steps N",
     "save_strategy": "use --save_steps N",

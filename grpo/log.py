@@ -255,7 +255,7 @@ class Progress:
         self.bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items()}, refresh=False)
         self.bar.update()
         if as_line:
-            cells = {**shown, "kl": metrics.get("kl"), "entropy": metrics["entropy"]}
+            cells = {**shown, "kl": metrics.get("kl"), "entropy": metrics.get("entropy")}
             cells["length"] = metrics["completions/mean_length"]
             text = "  ".join(f"{k} {v:.3f}" for k, v in cells.items() if v is not None)
             self.say(f"step {metrics['step']:>5}  {text}  {metrics['step_time']:.2f} s")

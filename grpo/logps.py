@@ -4,10 +4,10 @@ One pass of the model scores a whole pack: each prompt once, then its completion
 grpo/rollout.py for how packs are made). The head then works on a chunk of tokens at a time, in one
 of two ways with the same numbers:
 
-`head_chunks` hands out chunk after chunk, and the gradient of each is formed from the probabilities
-that are still there: three products with the head's weight. It serves every loss that is a sum over
-tokens. `pack_logps` returns the log-probs of all tokens at once, for any other loss, or for none (the
-reference); its backward pass forms each chunk's logits again, a fourth product.
+`head_chunks` hands out chunk after chunk, and the gradient of each is formed from the
+probabilities that are still there: three products with the head's weight. It serves every loss that
+is a sum over tokens. `pack_logps` returns the log-probs of all tokens at once, for any other loss,
+or for none (the reference); its backward pass forms each chunk's logits again, a fourth product.
 
 With p = softmax(W h / temperature), target t and g = dL / dlogp of one token:
 
@@ -99,7 +99,9 @@ class _ChunkLogps(torch.autograd.Function):
 def _buffer(weight: Tensor, chunk: int) -> Tensor:
     """(chunk, V) in float32 at least, used for every chunk: fresh memory would cost as much again
     as what is computed in it."""
-    return weight.new_empty(chunk, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+    return weight.new_empty(
+        chunk, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
 
 
 def _softmax(
@@ -151,8 +153,8 @@ def _add_grad_weight(
     target: Tensor,
     total: Tensor,
 ) -> None:
-    """Adds dL / dW to grad_weight (V, D), in the logits' precision, so that bf16 does not round every
-    partial sum. grad: dL / dlogp / temperature, (C,)."""
+    """Adds dL / dW to grad_weight (V, D), in the logits' precision: bf16 would round every partial
+    sum. grad: dL / dlogp / temperature, (C,)."""
     scaled = hidden.to(others.dtype) * (grad / total)[:, None]
     if hidden.dtype == others.dtype:
         grad_weight.addmm_(others.T, scaled, alpha=-1)

@@ -65,7 +65,9 @@ class DecodeStep:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         x = self.embedding[tokens].T.contiguous()
         cos, sin = mrope(position_ids, config.mrope_section, config.rope_theta, x.dtype)
-        cos, sin = (cache.spread(torch.cat(x, 1).T) for x in ((cos, cos), (-sin, sin)))  # (D, B * G)
+        cos, sin = (
+            cache.spread(torch.cat(x, 1).T) for x in ((cos, cos), (-sin, sin))
+        )  # (D, B * G)
         for index, w in enumerate(self.layers):
             qkv = torch.addmm(w.qkv_bias, w.qkv, self._normed(x, w.input_norm))
             qkv = cache.spread(qkv).view(heads + 2 * kv_heads, config.head_dim, -1)

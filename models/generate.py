@@ -4,7 +4,7 @@ No beam search, no repetition penalty: a policy gradient needs samples of the po
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,15 @@ class Sampling:
 
 
 def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Image tokens (n, hidden) of all prompts in order; each distinct image is encoded once.
+    """Image tokens (n, hidden) of all prompts in order; each distinct image is encoded once, and
+    not again where its prompt carries its features.
 
     None where no prompt has an image.
     """
+    known = [prompt.image_features for prompt in prompts if prompt.image_features is not None]
+    if known:
+        assert len(known) == len(prompts)
+        return torch.cat(known)
     pixels, grids, place = [], [], {}
     for prompt in prompts:
         sizes = prompt.image_grid_thw.prod(1).tolist()
@@ -59,6 +64,18 @@ def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
     merged = model.config.vision.spatial_merge_size**2
     tokens = features.split([int(grid.prod()) // merged for grid in grids])
     return torch.cat([tokens[place[key]] for key in keys])
+
+
+@torch.no_grad()
+def with_image_features(model: QwenVL, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with their images encoded, for a vision tower that does not change."""
+    features = image_features(model, prompts)
+    if features is None:
+        return list(prompts)
+    image = model.config.image_token_id
+    counts = [int((prompt.input_ids == image).sum()) for prompt in prompts]
+    parts = features.split(counts)
+    return [replace(p, image_features=part) for p, part in zip(prompts, parts, strict=True)]
 
 
 @torch.no_grad()
@@ -124,9 +141,9 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     """Draws one token per row by inverting the cumulative distribution.
 
     logits: (N, V) float32, -inf where a token is suppressed, overwritten; uniform: (N,) float64 in
-    [0, 1), not used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before top-k and
-    top-p, which are the sampler's alone: training does not know them. Rows of NaN give some token
-    and a NaN.
+    [0, 1), not used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before
+    top-k and top-p, which are the sampler's alone: training does not know them. Rows of NaN give
+    some token and a NaN.
     """
     if sampling.temperature == 0:
         token = logits.argmax(1)

@@ -27,7 +27,8 @@ class Prompt:
     input_ids: (P,) int64. position_ids: (3, P) int64. next_position: position of the first token
     of a completion. pixel_values: (patches, patch_dim) float32 of all images, image_grid_thw:
     (images, 3) int64, both with zero rows where there is no image. image_keys: one string per
-    image, equal where the image is.
+    image, equal where the image is. image_features: (image tokens, hidden) on the model's device
+    where the vision tower is frozen and has encoded them already.
     """
 
     input_ids: Tensor
@@ -36,6 +37,7 @@ class Prompt:
     pixel_values: Tensor
     image_grid_thw: Tensor
     image_keys: tuple[str, ...]
+    image_features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -718,6 +718,51 @@ def test_dynamic_sampling_keeps_groups_that_teach(tmp_path):
     assert all(line["sampling/prompts_kept"] == 2 for line in lines[1:])
 
 
+def test_a_frozen_vision_tower_encodes_each_image_once_and_stays(tmp_path, monkeypatch):
+    calls, encode = [], QwenVL.encode_images
+    monkeypatch.setattr(
+        QwenVL, "encode_images", lambda self, *a: calls.append(len(a[1])) or encode(self, *a)
+    )
+    options = [*SHORT, "--tokens_per_pack", "1", "--num_iterations", "2", "--eval_samples", "1"]
+    lines = train(tmp_path / "frozen", *options, "--freeze_vision")
+    assert calls == [1, 2, 2, 1], "the held-out image, two steps of two images, held out again"
+    moving = train(tmp_path / "moving", *options)
+    assert lines[1]["reward"] == moving[1]["reward"], "the first rollout is the same"
+    assert 0 < lines[1]["grad_norm"] < moving[1]["grad_norm"]
+    before, after = (
+        load_file(f / "model.safetensors") for f in (CHECKPOINT, tmp_path / "frozen/final")
+    )
+    for name, weight in before.items():
+        assert torch.equal(weight.float(), after[name]) == name.startswith("visual."), name
+
+
+def test_without_a_kl_term_dead_groups_are_not_scored(tmp_path, monkeypatch):
+    packed, make_packs = [], train_cls.make_packs
+    monkeypatch.setattr(
+        train_cls,
+        "make_packs",
+        lambda groups, n: packed.append(len(groups)) or make_packs(groups, n),
+    )
+    options = [*SHORT, "--prompts_per_step", "4", "--seed", "1"]
+    lines = train(tmp_path / "run", *options, "--beta", "0")
+    alive = [round(4 * (1 - line["frac_reward_zero_std"])) for line in lines[1:]]
+    assert packed == alive and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
+    packed.clear()
+    same = train(tmp_path / "kl", *options, "--beta", "1e-12")
+    assert packed == [4, 4]
+    assert lines[1]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-4)
+
+    monkeypatch.setattr(train_cls, "score", lambda *_: {"accuracy": 1.0, "format": 1.0})
+    lines = train(tmp_path / "dead", *options, "--beta", "0")
+    assert all(line["grad_norm"] == 0 and "entropy" not in line for line in lines[1:])
+    assert torch.equal(
+        *(
+            load_file(f / "model.safetensors")["model.norm.weight"].float()
+            for f in (CHECKPOINT, tmp_path / "dead/final")
+        )
+    )
+
+
 def test_truncated_completions_can_be_left_out(tmp_path):
     """At this length some are truncated: what is left is another gradient."""
     options = [*SHORT, "--max_completion_length", "28", "--num_generations", "8"]
