@@ -90,6 +90,7 @@ class _ChunkLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, targets, slope, *softmax = ctx.saved_tensors
         temperature, grad_weight = ctx.settings
+        ctx.settings = temperature, None  # whoever keeps the loss must not keep the gradient
         grad = grad / temperature
         if grad_weight is not None:
             _add_grad_weight(grad_weight, hidden, targets, grad, *softmax)
@@ -226,15 +227,15 @@ def head_chunks(
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         leaf = hidden[part].detach().requires_grad_()
-        settings = temperature, suppressed, buffer, grad_weight
-        yield part, *_ChunkLogps.apply(leaf, weight.detach(), targets[part], *settings)
+        inputs = leaf, weight.detach(), targets[part], temperature, suppressed, buffer
+        yield part, *_ChunkLogps.apply(*inputs, grad_weight)
         assert leaf.grad is not None, "call backward on this chunk's loss first"
         grad_hidden.append(leaf.grad)
-    del buffer
-    gradients = [(hidden, torch.cat(grad_hidden))] if hidden.requires_grad else []
-    if trained:
-        gradients.append((weight, grad_weight.to(weight.dtype)))
-    torch.autograd.backward(*zip(*gradients, strict=True))
+    del inputs, buffer  # memory for the backward pass
+    if hidden.requires_grad:
+        hidden.backward(torch.cat(grad_hidden))
+    if trained:  # by itself: added in place to the embedding's gradient where the head is tied
+        weight.backward(grad_weight.to(weight.dtype))
 
 
 def _hidden(model: QwenVL, pack: Pack) -> Tensor:
