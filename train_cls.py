@@ -36,7 +36,7 @@ from grpo.log import (
     held_out_metrics,
     rollout_metrics,
 )
-from grpo.logps import head_chunks, pack_logps
+from grpo.logps import pack_chunks, pack_logps
 from grpo.loss import (
     group_advantages,
     length_penalty,
@@ -380,7 +380,7 @@ def main(argv: list[str]) -> int:
                     sampled = pack.sampling_logps(groups).to(ranks.device)
                     pack_advantages = pack.per_token(advantages[places]).to(sampled)
                     pack_weights = pack.per_token(weights[places]).to(sampled)
-                    for part, logps, entropy in head_chunks(policy, pack, *scoring):
+                    for part, logps, entropy in pack_chunks(policy, pack, *scoring):
                         loss, stats = policy_loss(
                             logps,
                             None if old is None else old[part],

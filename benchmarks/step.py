@@ -5,8 +5,9 @@
 Two prompts a step with 8 completions each, all of one fixed length (no stop token is ever drawn),
 float32 on the CPU, two threads, beta 0.04, one update per rollout, random rewards. Each trainer
 runs in processes of its own, in turns; the first step of each process is warm-up and not counted;
-medians. The peer is measured with gradient checkpointing as it comes (on) and off. Here the scripts
-are run as they are: train_cls.py's main() with its own metrics.
+medians. The peer is measured with gradient checkpointing as it comes (on) and off; ours runs
+without, unless --gradient_checkpointing true. Here the scripts are run as they are: train_cls.py's
+main() with its own metrics.
 
 The peer scores every position of a row on the CPU, completions only on a GPU: ratios with a large
 vocabulary (small) say nothing of GPUs; mid is the fair one. `pip install -e ".[bench]"`.
@@ -69,7 +70,8 @@ def ours(settings: dict) -> dict:
     run = Path(settings["folder"]) / f"run-{os.getpid()}"
     argv = f"--prompts_per_step {PROMPTS} --num_generations {settings['group']} --beta {BETA} "
     argv += f"--max_completion_length {settings['completion']} --max_steps {settings['steps'] + 1} "
-    argv += f"--learning_rate {RATE} --gradient_checkpointing false --bf16 false --save_steps 0 "
+    argv += f"--learning_rate {RATE} --gradient_checkpointing {settings['our_checkpointing']} "
+    argv += "--bf16 false --save_steps 0 "
     argv += "--max_prompt_length 4096 --max_pixels 1048576 --loss_type grpo --diagnose_after 0"
     paths = ["--model_name_or_path", settings["checkpoint"], "--dataset_name", settings["images"]]
     train_cls.main([*argv.split(), *paths, "--output_dir", str(run)])
@@ -249,6 +251,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=GROUP)
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each trainer")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each, in turns")
+    parser.add_argument("--gradient_checkpointing", choices=("true", "false"), default="false")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -260,6 +263,14 @@ def main() -> None:
         print("\n" + json.dumps(result))
         return
 
+    report = measure(options)
+    show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """The report of one setting: each trainer's medians, and the ratios."""
     from benchmarks.material import make_checkpoint, make_images
 
     with tempfile.TemporaryDirectory() as folder:
@@ -272,6 +283,7 @@ def main() -> None:
             ),
             "completion": options.completion,
             "group": options.group,
+            "our_checkpointing": options.gradient_checkpointing,
             "steps": each,
         }
         load = [os.getloadavg()[0]]
@@ -284,6 +296,7 @@ def main() -> None:
     report = {
         "setting": f"{options.model}, {options.image} pixels, {options.completion} tokens, "
         f"G {options.group}",
+        "our_gradient_checkpointing": options.gradient_checkpointing == "true",
         "load_average": load,
     }
     report |= {kind: summary(results, tokens) for kind, results in runs.items()}
@@ -291,9 +304,7 @@ def main() -> None:
         if "ours" in report and kind in report:
             report["ratio" + name] = report["ours"]["step_s"] / report[kind]["step_s"]
             report["memory_ratio" + name] = report["ours"]["peak_mb"] / report[kind]["peak_mb"]
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def show(report: dict) -> None:

@@ -4,7 +4,7 @@ One pass of the model scores a whole pack: each prompt once, then its completion
 grpo/rollout.py for how packs are made). The head then works on a chunk of tokens at a time, in one
 of two ways with the same numbers:
 
-`head_chunks` hands out chunk after chunk, and the gradient of each is formed from the
+`pack_chunks` hands out chunk after chunk, and the gradient of each is formed from the
 probabilities that are still there: three products with the head's weight. It serves every loss that
 is a sum over tokens. `pack_logps` returns the log-probs of all tokens at once, for any other loss,
 or for none (the reference); its backward pass forms each chunk's logits again, a fourth product.
@@ -36,16 +36,16 @@ class _TokenLogps(torch.autograd.Function):
     """All tokens, chunk by chunk; the backward pass forms the probabilities again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk):
+    def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk, trained):
         buffer = _buffer(weight, min(chunk, len(hidden)))
         logps, slopes = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logp, *softmax = _softmax(h, weight, t, temperature, suppressed, buffer)
             logps.append(logp)
-            if any(ctx.needs_input_grad):
+            if trained:
                 slopes.append(_slope(weight, t, *softmax))
         logps = torch.cat(logps)
-        if not slopes:
+        if not trained:
             return logps, None
         slope = torch.cat(slopes)
         entropy = _entropy(hidden, logps, slope, temperature)
@@ -68,7 +68,7 @@ class _TokenLogps(torch.autograd.Function):
                 _, *softmax = _softmax(h, weight, t, temperature, suppressed, buffer)
                 _add_grad_weight(grad_weight, h, t, g / temperature, *softmax)
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 class _ChunkLogps(torch.autograd.Function):
@@ -186,7 +186,8 @@ def token_logps(
     would cost a product. Memory: a (chunk, V) buffer, by default of `chunk_tokens(V)` tokens.
     """
     chunk = chunk or chunk_tokens(len(weight))
-    return _TokenLogps.apply(hidden, weight, targets, temperature, suppressed, chunk)
+    trained = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _TokenLogps.apply(hidden, weight, targets, temperature, suppressed, chunk, trained)
 
 
 def pack_logps(
@@ -205,20 +206,20 @@ def pack_logps(
     return token_logps(hidden, model.head_weight, targets, temperature, suppressed, chunk)
 
 
-def head_chunks(
-    model: QwenVL,
-    pack: Pack,
-    temperature: float,
-    suppressed: Tensor | None,
+def token_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    suppressed: Tensor | None = None,
     chunk: int | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(part, logps, entropy) of one chunk of the pack's completion tokens after another.
+    """(part, logps, entropy) of one chunk of tokens after another, as `token_logps` has them.
 
-    part: which of the pack's tokens these are; logps and entropy: (c,), as `token_logps`. Call
-    backward on each chunk's loss before asking for the next; the backward pass through the decoder
-    and the images follows once after the last chunk, so take them all.
+    part: which tokens these are; logps and entropy: (c,). Call backward on each chunk's loss before
+    asking for the next; the gradient of hidden and weight follows once, after the last chunk, so
+    take them all.
     """
-    hidden, targets, weight = _hidden(model, pack), pack.targets.to(model.device), model.head_weight
     chunk = min(chunk or chunk_tokens(len(weight)), len(targets))
     buffer = _buffer(weight, chunk)
     trained = weight.requires_grad
@@ -236,6 +237,19 @@ def head_chunks(
         hidden.backward(torch.cat(grad_hidden))
     if trained:  # by itself: added in place to the embedding's gradient where the head is tied
         weight.backward(grad_weight.to(weight.dtype))
+
+
+def pack_chunks(
+    model: QwenVL,
+    pack: Pack,
+    temperature: float,
+    suppressed: Tensor | None,
+    chunk: int | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """`token_chunks` of the pack's completion tokens; the backward pass through the decoder and the
+    images follows once, after the last chunk."""
+    hidden, targets = _hidden(model, pack), pack.targets.to(model.device)
+    yield from token_chunks(hidden, model.head_weight, targets, temperature, suppressed, chunk)
 
 
 def _hidden(model: QwenVL, pack: Pack) -> Tensor:

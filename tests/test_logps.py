@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.logps import head_chunks, pack_logps, token_logps
+from grpo.logps import pack_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.rollout import make_packs, sample_groups, uniform_numbers
 from models.generate import Sampling, image_features
@@ -41,6 +41,9 @@ def test_chunked_equals_dense_in_float64(chunk, suppressed):
     for dense, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, dense, atol=1e-12, rtol=1e-12)
     assert not results[1][1].requires_grad, "entropy is reported, not optimized"
+    with torch.no_grad():  # where the entropy would cost a product
+        logps, entropy = token_logps(hidden, weight, targets, 1.3, ids, chunk)
+    assert torch.equal(logps, results[1][0]) and entropy is None
 
 
 def test_gradients_where_only_one_side_is_trained():
@@ -107,7 +110,7 @@ def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, one
             with torch.no_grad():
                 ref, _ = pack_logps(reference, pack, *scoring, chunk)
         if one_pass:
-            chunks = head_chunks(model, pack, *scoring, chunk)
+            chunks = pack_chunks(model, pack, *scoring, chunk)
         else:
             chunks = [(slice(None), *pack_logps(model, pack, *scoring, chunk))]
         for part, logps, _ in chunks:
@@ -271,15 +274,15 @@ def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_tim
     tokens, chunk = len(pack.targets), 5
     assert tokens > 20 * chunk
     with LargestTensor() as largest:
-        for _, logps, _ in head_chunks(model, pack, 1.0, None, chunk):
+        for _, logps, _ in pack_chunks(model, pack, 1.0, None, chunk):
             logps.sum().backward()
     weights = 2000 * config.hidden_size
     assert largest.numel <= max(weights, chunk * 2000) < tokens * 2000
 
     late = []
     with pytest.raises(AssertionError, match="backward"):
-        late += [logps for _, logps, _ in head_chunks(model, pack, 1.0, None, chunk)]
-    chunks = head_chunks(model, pack, 1.0, None, chunk)
+        late += [logps for _, logps, _ in pack_chunks(model, pack, 1.0, None, chunk)]
+    chunks = pack_chunks(model, pack, 1.0, None, chunk)
     _, first, _ = next(chunks)
     first.sum().backward(retain_graph=True)
     next(chunks)
@@ -298,7 +301,7 @@ def test_one_pass_leaves_frozen_weights_alone(frozen):
     pack = make_packs(groups, 10_000)[0]
     lengths, advantages = table(groups)
     weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
-    for part, logps, _ in head_chunks(model, pack, SAMPLING.temperature, torch.tensor(SUPPRESSED)):
+    for part, logps, _ in pack_chunks(model, pack, SAMPLING.temperature, torch.tensor(SUPPRESSED)):
         loss, _ = policy_loss(
             logps, None, pack.per_token(advantages)[part], pack.per_token(weights)[part]
         )

@@ -1,0 +1,209 @@
+"""Each part of a step alone, against the least time that its arithmetic and its reading can take.
+
+    python benchmarks/parts.py --model tiny --image 448 --completion 64 --json FILE
+
+The limit of a part is the larger of two times: its floating-point operations (counted by torch's
+FlopCounterMode as the part runs) over the rate of a large matrix product measured here, and the
+bytes that it cannot avoid reading or writing (weights, and keys and values, once) over the
+bandwidth measured here. What is not counted: activations, exponentials, norms, the Python between
+the operations. CPU, float32, two threads; medians of --repeat runs after one that is dropped.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.material import PROBLEM, make_checkpoint, make_images
+from benchmarks.step import GROUP, PROMPTS
+from data.images import open_image
+from grpo import dist
+from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
+from grpo.rollout import make_packs, sample_groups
+from models.cache import KVCache
+from models.decode import DecodeStep
+from models.generate import Sampling, image_features, sample
+from models.load import load_model
+from models.processor import Processor
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention_flops(q, k, v, dropout_p=0.0, is_causal=False, *_, **__) -> int:
+    """Two products, half of each where causal; the counter passes shapes."""
+    batch, heads, queries, dim = q
+    return 4 * batch * heads * queries * k[2] * dim // (2 if is_causal else 1)
+
+
+def backward_flops(grad, q, k, v, out, logsumexp, dropout_p=0.0, is_causal=False, *_, **__) -> int:
+    """Five products, one of them formed again."""
+    return attention_flops(q, k, v, 0.0, is_causal) * 5 // 2
+
+
+def product_flops(_, a, b, **__) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+MAPPING = {  # what the counter does not know by itself
+    torch.ops.aten.addmm_: product_flops,
+    CPU_ATTENTION: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops,
+}
+
+
+def median_seconds(part: Callable, repeat: int) -> float:
+    seconds = []
+    for _ in range(repeat + 1):
+        started = time.perf_counter()
+        part()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def machine(repeat: int) -> tuple[float, float]:
+    """(floating-point operations, bytes) per second: a 2048^3 product; reading half a GB."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    large = torch.ones(2**27)
+    rate = 2 * 2048**3 / median_seconds(lambda: a @ b, repeat)
+    return rate, large.nbytes / median_seconds(large.sum, repeat)
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
+    """Name -> (what to run, bytes that it must move)."""
+    checkpoint = make_checkpoint(folder / "model", options.model)
+    make_images(folder / "images", PROMPTS, options.image)
+    processor = Processor(checkpoint)
+    model = load_model(checkpoint, torch.float32, "cpu")
+    pictures = [open_image(folder / "images" / f"{i}.png") for i in range(PROMPTS)]
+
+    def encode():
+        return [processor.encode(PROBLEM, [p], (str(i),)) for i, p in enumerate(pictures)]
+
+    prompts = encode()
+    never = (*processor.suppressed_ids, *processor.stop_ids)
+    sampling = Sampling(options.completion, suppressed_ids=never)
+    groups = sample_groups(model, prompts, options.group, sampling, 0, 1, range(PROMPTS))
+    (pack,) = make_packs(groups, 10**9)
+    scoring = (1.0, torch.tensor(never))
+    samples, device = PROMPTS * options.group, torch.device("cpu")
+    uniforms = torch.rand(samples, dtype=torch.float64)
+    tokens = torch.tensor([c[0] for g in groups for c in g.completion_ids])
+    width, weight = model.config.hidden_size, model.head_weight
+    hidden = torch.randn(len(pack.targets), width, requires_grad=True)
+    logits = torch.randn(samples, len(weight))
+    optimizer = dist.Optimizer(model, 0.0)
+    ranks = dist.Ranks(0, 1, device)
+    input_ids = torch.cat([p.input_ids for p in prompts])
+    positions = torch.cat([p.position_ids for p in prompts], dim=1)
+    bounds = model.bounds([(len(p),) for p in prompts])
+    features = image_features(model, prompts).detach()
+
+    def filled() -> KVCache:
+        cache = KVCache(model.config.num_hidden_layers, options.group, options.completion)
+        with torch.no_grad():
+            model(input_ids, positions, bounds, features, cache, torch.tensor([0]))
+        cache.length = options.completion // 2  # the middle of a completion
+        return cache
+
+    cache = filled()
+    kept = sum(x.nbytes for pair in cache.prompt for x in pair)
+    kept += sum(x.nbytes for pair in cache.own for x in pair) // 2
+    with torch.no_grad():
+        step = DecodeStep(model)
+    where = torch.stack([torch.full((samples,), 400)] * 3)
+
+    def decode():
+        step(tokens, where, cache)
+        cache.length -= 1
+
+    def train(chunks):
+        for _, logps, _ in chunks:
+            logps.sum().backward()
+        hidden.grad = None
+        model.zero_grad(set_to_none=True)
+
+    no_grad = torch.no_grad()
+    vision = nbytes(model.visual)
+    decoder = nbytes(model.model) - model.model.embed_tokens.weight.nbytes
+
+    def update():
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(ranks, 0.0, 1.0)
+
+    return {
+        "images to patches (PIL)": (encode, 0),
+        "vision tower": (no_grad(lambda: image_features(model, prompts)), vision),
+        "prefill": (no_grad(filled), decoder),
+        "one decode step": (no_grad(decode), decoder + kept),
+        "its head": (
+            no_grad(lambda: torch.mm(weight, hidden[:samples].T).T.contiguous()),
+            weight.nbytes,
+        ),
+        "its draw": (no_grad(lambda: sample(logits, sampling, uniforms)), logits.nbytes),
+        "reference pass": (no_grad(lambda: pack_logps(model, pack, *scoring)), vision),
+        "the head's part": (
+            no_grad(lambda: token_logps(hidden, weight, pack.targets, *scoring)),
+            weight.nbytes,
+        ),
+        "training pass": (
+            lambda: train(pack_chunks(model, pack, *scoring)),
+            3 * (decoder + vision),
+        ),
+        "the head's part of it": (
+            lambda: train(token_chunks(hidden, weight, pack.targets, *scoring)),
+            3 * weight.nbytes,
+        ),
+        "optimizer": (update, 8 * nbytes(model)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("tiny", "mid", "small"), default="tiny")
+    parser.add_argument("--image", type=int, default=448, help="pixels a side")
+    parser.add_argument("--completion", type=int, default=64, help="tokens")
+    parser.add_argument("--group", type=int, default=GROUP)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    load = os.getloadavg()[0]
+    rate, bandwidth = machine(options.repeat)
+    print(f"matrix product {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'':26}{'ms':>9}{'GFLOP':>9}{'MB':>9}{'limit, ms':>11}{'times the limit':>17}")
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (part, moved) in parts(Path(folder), options).items():
+            with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
+                part()
+            flops = counter.get_total_flops()
+            seconds = median_seconds(part, options.repeat)
+            limit = max(flops / rate, moved / bandwidth)
+            rows[name] = {"seconds": seconds, "flops": flops, "bytes": moved, "limit_s": limit}
+            times = f"{seconds / limit:17.1f}" if limit else ""
+            cells = f"{1e3 * seconds:9.2f}{flops / 1e9:9.2f}{moved / 1e6:9.1f}{1e3 * limit:11.2f}"
+            print(f"{name:26}{cells}{times}", flush=True)
+    if options.json:
+        setting = {k: v for k, v in vars(options).items() if k != "json"}
+        machine_rates = {"flops_per_s": rate, "bytes_per_s": bandwidth, "load_average": load}
+        report = {"setting": setting, "machine": machine_rates, "parts": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
