@@ -58,6 +58,7 @@ from rewards.parse import find_answer, perfect
 DEMO = Path(__file__).resolve().parent / "data" / "demo_cls" / "demo.yaml"
 NAME = "cls"
 ADVICE = "if these are synonyms, pass --aliases"
+SPLITS_ADVICE = "give both splits the same kind of solution"
 EVAL_BATCH = 32  # prompts
 
 
@@ -141,7 +142,9 @@ def prepare(config: Config, examples, split: str, argv: list[str]) -> dict:
     """
     kinds = [solution_kind(example.solution) for example in examples]
     where = (config.dataset_name, split)
-    refuse_other_task(kinds, {"class"}, "train_cls.py", "train_det.py", examples, argv, *where)
+    own = Config.__dataclass_fields__.keys() - TrainingConfig.__dataclass_fields__.keys()
+    scripts = ("train_cls.py", "train_det.py")
+    refuse_other_task(kinds, {"class"}, own, *scripts, examples, argv, *where)
     return read_aliases(config.aliases) if config.aliases else {}
 
 
@@ -222,13 +225,15 @@ def main(argv: list[str]) -> int:
         ranks.wait()
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
-    model_config, parameters = check_checkpoint(folder)
+    model_facts = check_checkpoint(folder)
     train, prompt_lengths, task = checked(config, config.dataset_train_split, processor, argv)
     test = []
     if config.dataset_test_split or "test" in splits(config.dataset_name):
         test, more, other = checked(config, config.dataset_test_split or "test", processor, argv)
         if other != task:
-            raise ValueError(f"the splits differ: {task} to train on, {other} held out")
+            raise ValueError(
+                f"the splits differ: {task} to train on, {other} held out; {SPLITS_ADVICE}"
+            )
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     if ranks.is_main:
@@ -243,9 +248,7 @@ def main(argv: list[str]) -> int:
     kernel = choose_implementation(config.attn_implementation, ranks.device, dtype)
     steps = total_steps(config, len(train))
     place = (ranks.world, str(ranks.device), str(dtype).removeprefix("torch."), kernel)
-    progress.say(
-        describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
-    )
+    progress.say(describe(config, *model_facts, prompt_lengths, len(train), len(test), *place))
     if task:
         progress.say(f"task      {str(task)[:200]}")
     progress.say(f"run       {output_dir}")

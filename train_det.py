@@ -58,8 +58,10 @@ from models.processor import Processor
 from rewards.det import (
     confidence_reward,
     explain_boxes,
+    explain_grounding,
     grounding_reward,
     iou_reward,
+    other_grounding_readings,
     other_readings,
     parse_boxes,
     read_boxes,
@@ -71,6 +73,7 @@ from rewards.parse import find_answer, perfect
 DEMO = Path(__file__).resolve().parent / "data" / "demo_det" / "demo.yaml"
 NAME = "det"
 ADVICE = "look at the two side by side"
+SPLITS_ADVICE = "say --box_frame pixels or thousandths, or give both splits one kind of solution"
 EVAL_BATCH = 32  # prompts
 
 
@@ -111,7 +114,8 @@ def explain(completion: str, example, config: Config, task: dict) -> dict[str, s
     layout = "not <think>...</think><answer>...</answer>"
     frame = frame_of(example, task)
     if task["kind"] == "grounding":
-        return {"giou": find_answer(completion)[1] or "not the box", "format": layout}
+        why = explain_grounding(completion, example.solution, frame)
+        return {"giou": why, "format": layout}
     why = explain_boxes(completion, example.solution, config.iou_threshold, frame)
     return {
         "iou": why or "IoU below 1",
@@ -126,21 +130,25 @@ def truth(example) -> str:
 
 
 def hints(records: list[list[dict]], train, config: Config, task: dict) -> list[str]:
-    """What else the completions say about a flat reward: the IoU of their boxes read otherwise."""
-    if task["kind"] == "grounding":
-        return []
+    """What else the completions of this step say about a flat reward: what their boxes would have
+    earned if they were read otherwise."""
     sums, count = Counter(), 0
-    for record in (record for row in records for record in row):
-        example = train[record["row"]]
-        texts = (record["completion"], example.solution)
-        frame = frame_of(example, task)
-        earned = other_readings(*texts, config.iou_threshold, frame, example.size)
-        sums.update(earned)
-        count += bool(earned)
+    for row in records:
+        example = train[row[0]["row"]]
+        frame, size = frame_of(example, task), example.size
+        for record in row:
+            texts = (record["completion"], example.solution)
+            if task["kind"] == "grounding":
+                earned = other_grounding_readings(*texts, frame, size)
+            else:
+                earned = other_readings(*texts, config.iou_threshold, frame, size)
+            sums.update(earned)
+            count += bool(earned)
+    reward = "a GIoU reward" if task["kind"] == "grounding" else "an IoU reward"
     found = [(total / count, name) for name, total in sums.items() if name != "as asked"]
     return [
-        f"read as {name}, the boxes of {count} answers would have earned an IoU reward of "
-        f"{mean:.2f} in place of {sums['as asked'] / count:.2f}"
+        f"read as {name}, the {count} answers with boxes of this step would have earned {reward} "
+        f"of {mean:.2f} in place of {sums['as asked'] / count:.2f}"
         for mean, name in sorted(found, reverse=True)
         if mean > 2 * sums["as asked"] / count + 0.01
     ]
@@ -191,7 +199,9 @@ def prepare(config: Config, examples, split: str, argv: list[str]) -> dict:
     kinds = [solution_kind(example.solution) for example in examples]
     kind = "grounding" if kinds[0] == "grounding" else "boxes"
     where = (config.dataset_name, split)
-    refuse_other_task(kinds, {kind}, "train_det.py", "train_cls.py", examples, argv, *where)
+    own = Config.__dataclass_fields__.keys() - TrainingConfig.__dataclass_fields__.keys()
+    scripts = ("train_det.py", "train_cls.py")
+    refuse_other_task(kinds, {kind}, own, *scripts, examples, argv, *where)
     frame = config.box_frame
     if frame == "auto":
         numbers = [float(n) for e in examples for n in re.findall(r"\d+(?:\.\d+)?", e.solution)]
@@ -293,8 +303,10 @@ def average_precision(records: list[dict], examples, task: dict) -> tuple[dict, 
             "annotations": truths,
         }
         coco.createIndex()
-        if not results:
-            return {"eval/AP": 0.0, "eval/AP50": 0.0}, results
+        if not results:  # which pycocotools cannot read
+            asked = sorted({names[truth["category_id"]] for truth in truths})
+            zero = ["AP", "AP50", *(f"AP50/{name}" for name in asked)]
+            return {f"eval/{name}": 0.0 for name in zero}, results
         evaluation = COCOeval(coco, coco.loadRes(deepcopy(results)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -336,13 +348,15 @@ def main(argv: list[str]) -> int:
         ranks.wait()
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
-    model_config, parameters = check_checkpoint(folder)
+    model_facts = check_checkpoint(folder)
     train, prompt_lengths, task = checked(config, config.dataset_train_split, processor, argv)
     test = []
     if config.dataset_test_split or "test" in splits(config.dataset_name):
         test, more, other = checked(config, config.dataset_test_split or "test", processor, argv)
         if other != task:
-            raise ValueError(f"the splits differ: {task} to train on, {other} held out")
+            raise ValueError(
+                f"the splits differ: {task} to train on, {other} held out; {SPLITS_ADVICE}"
+            )
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     if ranks.is_main:
@@ -357,9 +371,7 @@ def main(argv: list[str]) -> int:
     kernel = choose_implementation(config.attn_implementation, ranks.device, dtype)
     steps = total_steps(config, len(train))
     place = (ranks.world, str(ranks.device), str(dtype).removeprefix("torch."), kernel)
-    progress.say(
-        describe(config, model_config, parameters, prompt_lengths, len(train), len(test), *place)
-    )
+    progress.say(describe(config, *model_facts, prompt_lengths, len(train), len(test), *place))
     if task:
         progress.say(f"task      {str(task)[:200]}")
     progress.say(f"run       {output_dir}")

@@ -14,8 +14,11 @@ vocabulary (small) say nothing of GPUs; mid is the fair one. `pip install -e ".[
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -74,7 +77,10 @@ def ours(settings: dict) -> dict:
     argv += "--bf16 false --save_steps 0 "
     argv += "--max_prompt_length 4096 --max_pixels 1048576 --loss_type grpo --diagnose_after 0"
     paths = ["--model_name_or_path", settings["checkpoint"], "--dataset_name", settings["images"]]
-    train_cls.main([*argv.split(), *paths, "--output_dir", str(run)])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train_cls.main([*argv.split(), *paths, "--output_dir", str(run)])
+    predicted = re.search(r"about ([\d.]+) GB a rank", said.getvalue())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert len(lines) == settings["steps"] + 1, "a held-out split would add a line"
     assert all(line["completions/mean_length"] == settings["completion"] for line in lines)
@@ -84,6 +90,7 @@ def ours(settings: dict) -> dict:
         "phases": {name: [line[f"time/{name}_s"] for line in lines] for name in phases},
         "peak_mb": peak(),
         "above_imports_mb": peak() - imported,
+        "predicted_mb": 1000 * float(predicted[1]),
     }
 
 
@@ -186,8 +193,6 @@ def stand_in_for_torchvision() -> None:
 
     transformers' processors need the import; none of the operators is ever called.
     """
-    import re
-
     import torch
 
     declared = torch.library.Library("torchvision", "FRAGMENT")
@@ -232,7 +237,8 @@ def summary(runs: list[dict], tokens: int) -> dict:
         name: statistics.median([value for run in runs for value in run["phases"][name]])
         for name in runs[0]["phases"]
     }
-    return {
+    predicted = {"predicted_mb": runs[0]["predicted_mb"]} if "predicted_mb" in runs[0] else {}
+    return predicted | {
         "step_s": step,
         "step_s_min_max": [min(seconds), max(seconds)],
         "phases_s": phases,
@@ -313,6 +319,7 @@ def show(report: dict) -> None:
         r = report[kind]
         phases = "  ".join(f"{name} {value:.2f}" for name, value in r["phases_s"].items())
         memory = f"peak {r['peak_mb']:.0f} MB, {r['peak_above_imports_mb']:.0f} above imports"
+        memory += f", {r['predicted_mb']:.0f} predicted" if "predicted_mb" in r else ""
         speed = f"{r['step_s']:.2f} s a step  {r['completion_tokens_per_s']:.0f} tokens/s"
         print(f"{kind:28}{speed}  {memory}  {phases}")
     for name, value in report.items():

@@ -127,6 +127,7 @@ def _write_cache(new: dict[str, tuple[int, int]]) -> None:
 def refuse_other_task(
     kinds: Sequence[str],
     mine: set[str],
+    own_flags: set[str],
     script: str,
     other: str,
     examples: Sequence[Example],
@@ -136,8 +137,9 @@ def refuse_other_task(
 ) -> None:
     """Raises ValueError where solutions are of a kind that `script` does not train.
 
-    kinds: what each row's solution is. Where all are the other script's, the message is that
-    script's command with the user's own flags; a mixture names the first row of each kind.
+    kinds: what each row's solution is. Where all are of one kind, the message is the other script's
+    command with the user's flags, save `own_flags`, which that script does not know; a mixture
+    names the first row of each kind.
     """
     wrong = [row for row, kind in enumerate(kinds) if kind not in mine]
     if not wrong:
@@ -146,16 +148,27 @@ def refuse_other_task(
     def named(row: int) -> str:
         return f"row {row} ({examples[row].where}) holds {examples[row].solution[:80]!r}"
 
-    opening = f"{dataset_name}, split {split!r}: {named(wrong[0])}"
-    if len(wrong) == len(kinds):
+    opening = f"{dataset_name}, split {split!r}: "
+    if len(set(kinds)) == 1:
+        flags, left_out, dropped = [], False, set()
+        for word in argv:
+            if word.startswith("--"):
+                name = word[2:].split("=")[0]
+                left_out = name in own_flags
+                dropped |= {f"--{name}"} & {f"--{own}" for own in own_flags}
+            flags += [] if left_out else [word]
+        without = f" (without {', '.join(sorted(dropped))}, which it does not know)"
         raise ValueError(
-            f"{opening}, a {kinds[wrong[0]]} solution, and so do all {len(kinds)} rows; "
-            f"{script} would pay nothing for it. Run instead:\n"
-            f"  torchrun {other} {shlex.join(argv)}"
+            f"{opening}{named(0)}, a {kinds[0]} solution, and so do all {len(kinds)} rows; "
+            f"{script} would pay nothing for it. Run instead{without if dropped else ''}:\n"
+            f"  torchrun {other} {shlex.join(flags)}"
         )
-    right = next(row for row, kind in enumerate(kinds) if kind in mine)
+    first = {kind: list(kinds).index(kind) for kind in dict.fromkeys(kinds)}
+    found = "; ".join(
+        f"{named(row)}, a {kind} solution ({list(kinds).count(kind)} rows)"
+        for kind, row in first.items()
+    )
     raise ValueError(
-        f"{opening}, a {kinds[wrong[0]]} solution, but {named(right)}, a {kinds[right]} solution; "
-        f"{len(wrong)} of {len(kinds)} rows are of another kind than the first. Make a data set of "
-        f"each kind: class solutions are for train_cls.py, boxes and grounding for train_det.py"
+        f"{opening}the solutions are of {len(first)} kinds: {found}. Make a data set of each kind; "
+        f"class solutions are for train_cls.py, boxes and grounding for train_det.py"
     )

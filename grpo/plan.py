@@ -1,7 +1,8 @@
 """What a run will do and need, told before a weight is loaded.
 
-Memory is an estimate: weights, gradients, moments and caches follow from sizes; activations from a
-formula that no allocator was asked about.
+Memory is an estimate by phase: what weights, gradients, moments and caches take follows from their
+sizes, what autograd keeps from the operations of a layer (docs/performance.md compares it with
+measurements). Fragments that an allocator holds back are not counted.
 """
 
 import math
@@ -20,6 +21,7 @@ def describe(
     config: TrainingConfig,
     model: QwenVLConfig,
     parameters: int,
+    vision_parameters: int,
     prompt_lengths: list[int],
     train_rows: int,
     test_rows: int,
@@ -34,8 +36,15 @@ def describe(
     steps = total_steps(config, train_rows)
     samples = config.prompts_per_step * config.num_generations
     epochs = steps * config.prompts_per_step / train_rows
-    memory = estimate_memory(config, model, parameters, longest, dtype == "bfloat16", world)
-    parts = ", ".join(f"{name} {gb:.2f}" for name, gb in memory.items() if name != "peak" and gb)
+    memory = estimate_memory(
+        config, model, parameters, vision_parameters, longest, dtype == "bfloat16", world, device
+    )
+    peak = max(sum(parts.values()) for parts in memory.values())
+    phases = [
+        f"  {name:<10}{sum(parts.values()):.2f}: "
+        + ", ".join(f"{what} {gb:.2f}" for what, gb in parts.items() if round(gb, 2))
+        for name, parts in memory.items()
+    ]
     return "\n".join(
         [
             f"model     {config.model_name_or_path}: {parameters / 1e6:,.1f} M parameters, "
@@ -45,7 +54,8 @@ def describe(
             f"steps     {steps} ({epochs:.2f} epochs), each {config.prompts_per_step} prompts x "
             f"{config.num_generations} completions = {samples}, "
             f"{config.num_iterations} update(s) a step",
-            f"memory    about {memory['peak']:.2f} GB a rank at the peak (estimate): {parts}",
+            f"memory    about {peak:.2f} GB a rank at the peak (estimate), GB by phase:",
+            *phases,
         ]
     )
 
@@ -54,36 +64,81 @@ def estimate_memory(
     config: TrainingConfig,
     model: QwenVLConfig,
     parameters: int,
+    vision_parameters: int,
     longest_prompt: int,
     bf16: bool,
     world: int,
-) -> dict[str, float]:
-    """Gigabytes (1e9 bytes) per rank by purpose, and the "peak" of those that coincide.
+    device: str,
+) -> dict[str, dict[str, float]]:
+    """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
-    parameters: of the whole model, which every rank holds. longest_prompt: tokens.
+    parameters: of the whole model, which every rank holds, the vision tower's vision_parameters
+    among them. longest_prompt: tokens; all prompts are taken to be as long, and all of it image,
+    and all completions to be of --max_completion_length.
     """
-    size = 2 if bf16 else 4
+    size, vision = (2 if bf16 else 4), model.vision
+    trained = parameters - vision_parameters * config.freeze_vision
     prompts = math.ceil(config.prompts_per_step / world)
-    completions = prompts * config.num_generations * config.max_completion_length
-    step_tokens = prompts * longest_prompt + completions
-    pack = min(config.tokens_per_pack, step_tokens)
-    # Kept per token and layer for the backward pass: norms, q k v, attention, the feed-forward's
-    # three products; with checkpointing each layer's input alone, and one layer in full.
-    kv = model.head_dim * model.num_key_value_heads
-    layer = 6 * model.hidden_size + 2 * kv + 4 * model.intermediate_size
-    kept = model.hidden_size if config.gradient_checkpointing else layer
+    samples = prompts * config.num_generations
+    longest = longest_prompt + config.num_generations * config.max_completion_length
+    tokens = min(config.tokens_per_pack, prompts * longest)  # of the largest pack
+    rows = math.ceil(tokens / longest)
+    patches = rows * longest_prompt * vision.spatial_merge_size**2
+
+    # What autograd keeps: per token and layer the norms, the residual stream, q before and after
+    # its rotation, the attended values, the feed-forward's four products; SDPA holds the prompt's
+    # keys and values once per completion. The last layer's second half works on completions alone.
+    width, kv = model.hidden_size, model.head_dim * model.num_key_value_heads
+    attention = tokens * (6 * width + 3 * kv)
+    attention += (
+        rows * config.num_generations * (longest_prompt + config.max_completion_length) * 2 * kv
+    )
+    mlp = 4 * width + 4 * model.intermediate_size
+    layer, last = attention + tokens * mlp, attention + (tokens - rows * longest_prompt) * mlp
+    block = patches * (11 + 3 * vision.mlp_ratio) * vision.embed_dim
+    ends = patches * (vision.patch_dim + 4 * vision.embed_dim)  # first and last products
+    if config.gradient_checkpointing:  # inputs, and one layer or block at a time in full
+        decoder, tower = (
+            model.num_hidden_layers * tokens * width,
+            vision.depth * patches * vision.embed_dim,
+        )
+        again = layer if config.freeze_vision else max(layer, block)
+    else:
+        decoder, tower = (model.num_hidden_layers - 1) * layer + last, vision.depth * block
+        again = 0
+    activations = (decoder + again + (tower + ends) * (not config.freeze_vision)) * size
+
+    head, chunk = model.vocab_size * width, min(chunk_tokens(model.vocab_size), tokens)
+    logits = chunk * model.vocab_size * 4
+    cache = (prompts * longest_prompt + samples * config.max_completion_length) * 2 * kv
+    fused = width * (width + 2 * kv + 2 * model.intermediate_size)
     fixed = {
+        "libraries": 0.42e9 if device == "cpu" else 0,  # torch, transformers, the tokenizer
         "weights": parameters * size,
-        "float32 masters": parameters * 4 if bf16 else 0,
-        "gradients": parameters * 4,
-        "AdamW moments": parameters * 8,
-        "reference": parameters * size if config.beta > 0 else 0,
+        "float32 masters": trained * 4 if bf16 else 0,
+        "AdamW moments": trained * 8,
     }
-    training = {
-        "activations": pack * (model.num_hidden_layers * kept + layer) * size,
-        "logits": 2 * min(chunk_tokens(model.vocab_size), pack) * model.vocab_size * 4,
+    if config.beta > 0:
+        fixed["reference"] = (parameters - vision_parameters * config.freeze_vision) * size
+    phases = {
+        "rollout": {
+            "key/value cache": cache * model.num_hidden_layers * size,
+            "decode weights": fused * model.num_hidden_layers * size,
+            "logits": 2 * samples * model.vocab_size * 4,
+        },
+        "reference": {"activations": max(layer, block) * size, "logits": logits},
+        "training": {
+            "activations": activations,
+            # while the head works; then all gradients, the embedding's for itself where it is tied
+            "head or gradients": max(
+                logits + head * 4, trained * 4 + head * size * model.tie_word_embeddings
+            ),
+        },
+        "optimizer": {"gradients": trained * 4},
     }
-    rollout = {"key/value cache": step_tokens * model.num_hidden_layers * 2 * kv * size}
-    peak = sum(fixed.values()) + max(sum(training.values()), sum(rollout.values()))
-    parts = {**fixed, **training, **rollout, "peak": peak}
-    return {name: value / 1e9 for name, value in parts.items()}
+    if config.beta == 0 and config.num_iterations == 1:
+        del phases["reference"]
+    return {
+        phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
+        for phase, parts in phases.items()
+    }

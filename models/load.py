@@ -80,8 +80,9 @@ def load_model(
     return model
 
 
-def check_checkpoint(folder: Path) -> tuple[QwenVLConfig, int]:
-    """The config of a checkpoint folder and its number of parameters; reads headers only.
+def check_checkpoint(folder: Path) -> tuple[QwenVLConfig, int, int]:
+    """The config of a checkpoint folder, its number of parameters, and how many of them are the
+    vision tower's; reads headers only.
 
     Raises ValueError where config and weights do not agree, as `load_model` would.
     """
@@ -89,7 +90,7 @@ def check_checkpoint(folder: Path) -> tuple[QwenVLConfig, int]:
     with torch.device("meta"):
         model = QwenVL(config)
     check_weights(folder, model)
-    return config, sum(p.numel() for p in model.parameters())
+    return config, *(sum(p.numel() for p in m.parameters()) for m in (model, model.visual))
 
 
 def check_weights(folder: Path, model: QwenVL) -> None:

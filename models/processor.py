@@ -78,11 +78,12 @@ class Processor:
     def _read_image_processor(self, min_pixels: int | None, max_pixels: int | None):
         try:
             from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
-        except (ImportError, RuntimeError) as error:  # e.g. a torchvision for another torch
-            raise ValueError(
-                f"transformers' image processor cannot be imported: {error.__cause__ or error}. "
-                f"Is torchvision built for this torch? It is not needed: pip uninstall torchvision"
-            ) from error
+        except (ImportError, RuntimeError) as error:
+            what = f"transformers' image processor cannot be imported: {error.__cause__ or error}."
+            todo = "Install transformers 5.4 or later"
+            if "torchvision" in f"{error} {error.__cause__}":
+                todo = "Is torchvision built for this torch? If not: pip uninstall torchvision"
+            raise ValueError(f"{what} {todo}") from error
 
         settings = _read_json(self.folder / "preprocessor_config.json", default=None)
         if settings is None:  # transformers 5 writes one file for all processors

@@ -40,11 +40,16 @@ class Box:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What an answer holds: legal boxes, the number of bad elements, and why it is no list."""
+    """What an answer holds: legal boxes, what is wrong with each bad element, why it is no list."""
 
     boxes: tuple[Box, ...]
-    bad: int = 0
+    faults: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def bad(self) -> int:
+        """Number of bad elements."""
+        return len(self.faults)
 
 
 def parse_boxes(text: str, frame: tuple[float, float] = THOUSANDTHS) -> Parsed:
@@ -80,35 +85,43 @@ def parse_boxes(text: str, frame: tuple[float, float] = THOUSANDTHS) -> Parsed:
         return Parsed((), reason="" if empty else "not a list of boxes")
     if not elements:  # cut before the first was whole
         return Parsed((), reason="not a list of boxes")
-    boxes = tuple(element for element in elements if element)
+    boxes = tuple(element for element in elements if isinstance(element, Box))
+    faults = [element for element in elements if isinstance(element, str)]
     chatter = sum(bool(part.strip(" \t\r\n[]")) for part in ",".join(between).split(","))
-    return Parsed(boxes, len(elements) - len(boxes) + chatter)
+    return Parsed(boxes, (*faults, *["text between the boxes"] * chatter))
 
 
-def _read_element(body: str, frame: tuple[float, float]) -> Box | None:
+def _read_element(body: str, frame: tuple[float, float]) -> Box | str:
+    """The Box, or why it is none."""
     positions, confidences = _POSITION.findall(body), _CONFIDENCE.findall(body)
-    if len(positions) != 1 or len(confidences) != 1:
-        return None
-    words = [*positions[0].split(","), confidences[0].strip(" \t\r\n\"'`")]
-    return _legal([word.strip() for word in words], frame)
+    for key, found in (("Position", positions), ("Confidence", confidences)):
+        if len(found) != 1:
+            return f"a box with {'two of' if found else 'no'} {key}"
+    (confidence,) = _numbers([confidences[0].strip(" \t\r\n\"'`")], 1) or (math.nan,)
+    if not 0 <= confidence <= 1:
+        return "a Confidence that is not 0 to 1"
+    position = _numbers(positions[0].split(","), 4)
+    return _clipped(position, confidence, frame) if position else "a Position that is not 4 numbers"
 
 
-def _legal(words: list[str], frame: tuple[float, float]) -> Box | None:
-    """Four coordinates and a confidence as a Box, where they are one."""
-    if len(words) == 6 and not words[4]:
-        words = [*words[:4], words[5]]  # a trailing comma inside the position
-    if len(words) != 5 or any(len(word) > 40 or "_" in word for word in words):
+def _numbers(words: list[str], count: int) -> list[float] | None:
+    """`count` finite numbers, with perhaps a comma after them; None for anything else."""
+    words = [word.strip() for word in words]
+    words = words[:-1] if len(words) == count + 1 and not words[-1] else words
+    if len(words) != count or any(len(word) > 40 or "_" in word for word in words):
         return None
     try:
-        x1, y1, x2, y2, confidence = map(float, words)
+        numbers = [float(word) for word in words]
     except ValueError:
         return None
-    if not all(map(math.isfinite, (x1, y1, x2, y2))) or not 0 <= confidence <= 1:
-        return None
-    x1, x2 = (min(max(x, 0.0), frame[0]) for x in (x1, x2))
-    y1, y2 = (min(max(y, 0.0), frame[1]) for y in (y1, y2))
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _clipped(position: list[float], confidence: float, frame: tuple[float, float]) -> Box | str:
+    x1, x2 = (min(max(x, 0.0), frame[0]) for x in position[::2])
+    y1, y2 = (min(max(y, 0.0), frame[1]) for y in position[1::2])
     if x1 >= x2 or y1 >= y2 or not (x2 - x1) * (y2 - y1):  # an area can underflow to 0
-        return None
+        return "corners swapped, or no area inside the frame"
     return Box(x1, y1, x2, y2, confidence)
 
 
@@ -233,7 +246,7 @@ def explain_boxes(
         parsed.reason: bool(parsed.reason),
         "box where nothing is": count and not true,
         "no box predicted": true and not count,
-        "illegal box": parsed.bad,
+        parsed.faults[0] if parsed.bad else "": parsed.bad,
         "IoU below threshold": true and found < min(count, len(true)),
         "too many boxes": count > len(true),
         "too few boxes": count < len(true),
@@ -250,35 +263,37 @@ def other_readings(
 ) -> dict[str, float]:
     """The IoU reward that an answer would earn if its numbers were meant in another way.
 
-    size: width and height in pixels of the upright image. Returns {reading: 0 to 1}, the
-    answer as it stands under "as asked"; {} where it or the solution holds no position. Raises
-    ValueError for a bad solution only.
+    size: width and height in pixels of the upright image. Returns {reading: 0 to 1}, the reward as
+    it is under "as asked"; in the other readings any confidence, or none, is fine. {} where the
+    answer or the solution holds no position. Raises ValueError for a bad solution only.
     """
     true, bodies = read_boxes(solution, frame), re.split(r"[{}]", find_answer(completion)[0] or "")
     found = [_POSITION.findall(body) for body in bodies]
-    try:
-        positions = [[float(n) for n in one[0].split(",")] for one in found if len(one) == 1]
-    except ValueError:
+    positions = [_numbers(one[0].split(","), 4) for one in found if len(one) == 1]
+    if not true or not any(positions):
         return {}
-    if not (true and positions) or any(len(position) != 4 for position in positions):
-        return {}
-    (width, height), (across, down) = frame, size if frame == THOUSANDTHS else THOUSANDTHS
-    scaled = "pixels of the image" if frame == THOUSANDTHS else "thousandths of the image"
-    readings = {"as asked": [], scaled: [], "shares of the image": []}
-    readings |= {"[y1, x1, y2, x2]": [], "[x, y, width, height]": []}
-    for a, b, c, d in positions:
-        readings["as asked"].append((a, b, c, d))
-        x, y = width / across, height / down
-        readings[scaled].append((a * x, b * y, c * x, d * y))
-        readings["shares of the image"].append((a * width, b * height, c * width, d * height))
-        readings["[y1, x1, y2, x2]"].append((b, a, d, c))
-        readings["[x, y, width, height]"].append((a, b, a + c, b + d))
-    earned = {}
-    for name, boxes in readings.items():
-        legal = [_legal([*map(repr, box), "1"], frame) for box in boxes]
-        matched = match_boxes(tuple(box for box in legal if box), true, iou_threshold)
-        earned[name] = sum(overlap for _, overlap in matched) / max(len(legal), len(true))
+    earned = {"as asked": iou_reward(completion, solution, iou_threshold, frame)}
+    for name, read in _readings(frame, size).items():
+        boxes = [_clipped(read(*p), 1.0, frame) if p else "" for p in positions]
+        legal = tuple(box for box in boxes if isinstance(box, Box))
+        matched = match_boxes(legal, true, iou_threshold)
+        count = len(matched) + len(boxes) - len(legal)
+        earned[name] = sum(overlap for _, overlap in matched) / max(count, len(true))
     return earned
+
+
+def _readings(frame: tuple[float, float], size: tuple[int, int]) -> dict:
+    """name -> f(four numbers as they stand) -> x1, y1, x2, y2 in the frame."""
+    (width, height), (across, down) = frame, size if frame == THOUSANDTHS else THOUSANDTHS
+    x, y = width / across, height / down
+    scaled = "pixels of the image" if frame == THOUSANDTHS else "thousandths of the image"
+    return {
+        "boxes with any confidence": lambda a, b, c, d: (a, b, c, d),
+        scaled: lambda a, b, c, d: (a * x, b * y, c * x, d * y),
+        "shares of the image": lambda a, b, c, d: (a * width, b * height, c * width, d * height),
+        "[y1, x1, y2, x2]": lambda a, b, c, d: (b, a, d, c),
+        "[x, y, width, height]": lambda a, b, c, d: (a, b, a + c, b + d),
+    }
 
 
 def grounding_reward(
@@ -294,11 +309,49 @@ def grounding_reward(
     return (1 + giou(box, true)) / 2 if box else 0.0
 
 
-def _one_box(text: str, frame: tuple[float, float]) -> Box | None:
+def explain_grounding(
+    completion: str, solution: str, frame: tuple[float, float] = THOUSANDTHS
+) -> str:
+    """Why a grounding answer earns less than it could, "" where nothing is wrong."""
+    answer, reason = find_answer(completion)
+    if answer is None:
+        return reason
+    numbers = _four_numbers(answer)
+    if numbers is None:
+        return "not one box"
+    x1, y1, x2, y2 = numbers
+    if x1 >= x2 or y1 >= y2:
+        return "corners swapped, or no area"
+    if not _one_box(answer, frame):
+        return f"outside the frame of {frame[0]:g} x {frame[1]:g}"
+    return "GIoU below 1" if grounding_reward(completion, solution, frame) < 1 else ""
+
+
+def other_grounding_readings(
+    completion: str, solution: str, frame: tuple[float, float], size: tuple[int, int]
+) -> dict[str, float]:
+    """As `other_readings`, for `grounding_reward`."""
+    true, numbers = read_grounding(solution, frame), _four_numbers(find_answer(completion)[0] or "")
+    if numbers is None:
+        return {}
+    earned = {"as asked": grounding_reward(completion, solution, frame)}
+    for name, read in list(_readings(frame, size).items())[1:]:  # there is no confidence here
+        x1, y1, x2, y2 = read(*numbers)
+        inside = 0 <= x1 < x2 <= frame[0] and 0 <= y1 < y2 <= frame[1]
+        earned[name] = (1 + giou(Box(x1, y1, x2, y2), true)) / 2 if inside else 0.0
+    return earned
+
+
+def _four_numbers(text: str) -> tuple[float, ...] | None:
     found = _PAIRS.fullmatch(text.strip()) or _FOUR.fullmatch(text.strip())
-    if not found:
+    return tuple(map(float, found.groups())) if found else None
+
+
+def _one_box(text: str, frame: tuple[float, float]) -> Box | None:
+    numbers = _four_numbers(text)
+    if numbers is None:
         return None
-    x1, y1, x2, y2 = map(float, found.groups())
+    x1, y1, x2, y2 = numbers
     inside = 0 <= x1 < x2 <= frame[0] and 0 <= y1 < y2 <= frame[1]
     return Box(x1, y1, x2, y2) if inside else None
 

@@ -12,11 +12,13 @@ from rewards.det import (
     Box,
     confidence_reward,
     explain_boxes,
+    explain_grounding,
     giou,
     grounding_reward,
     iou,
     iou_reward,
     match_boxes,
+    other_grounding_readings,
     other_readings,
     parse_boxes,
     read_boxes,
@@ -140,7 +142,25 @@ def test_a_bad_element_counts_as_a_wrong_box_and_voids_no_other(element):
         assert parse_boxes(text).boxes == (ONE,) and parse_boxes(text).bad == 1
         assert iou_reward(f"<answer>{text}</answer>", truth(A)) == 0.5
         assert confidence_reward(f"<answer>{text}</answer>", truth(A)) == 0
-    assert explain_boxes(f"<answer>[{element}]</answer>", truth(A)) == "illegal box"
+    assert explain_boxes(f"<answer>[{element}]</answer>", truth(A)) == alone.faults[0] != ""
+
+
+@pytest.mark.parametrize(
+    "element, why",
+    [
+        ("{'Position': [100, 100, 300, 300]}", "a box with no Confidence"),
+        ("{'bbox_2d': [100, 100, 300, 300], 'Confidence': 1}", "a box with no Position"),
+        ("{'Position': [100, 100, 300, 300], 'Confidence': 90}", "a Confidence that is not 0 to 1"),
+        ("{'Position': [100, 100, 300, 300], 'Confidence': 1, 'Confidence': 1}", "two of Confid"),
+        ("{'Position': [100, 100, 300], 'Confidence': 1}", "a Position that is not 4 numbers"),
+        ("{'Position': [100], 'Confidence': 1}", "a Position that is not 4 numbers"),
+        ("{'Position': [300, 300, 100, 100], 'Confidence': 1}", "corners swapped, or no area"),
+        ("{'Position': [1100, 0, 1300, 300], 'Confidence': 1}", "no area inside the frame"),
+        ("{'Position': [100, 100, 300, 300], 'Confidence': 1}, and more", "text between the boxes"),
+    ],
+)
+def test_a_bad_box_says_what_is_wrong_with_it(element, why):
+    assert why in explain_boxes(f"<answer>[{element}]</answer>", truth(A))
 
 
 def test_boxes_are_clipped_to_their_frame():
@@ -248,8 +268,52 @@ def test_what_boxes_would_earn_if_they_were_meant_otherwise(position, frame, rea
     answer = boxes((*position, 0.7), (0, 0, 1, 1, 0.2))
     earned = other_readings(answer, true, 0.5, frame, (800, 400))
     assert max(earned, key=earned.get) == reading and earned[reading] == 0.5
-    assert sum(value == 0.5 for value in earned.values()) == 1
+    same = reading == "as asked"  # which is also the reading with any confidence
+    assert sum(value == 0.5 for value in earned.values()) == 1 + same
     assert earned["as asked"] == iou_reward(answer, true, frame=frame)
+
+
+@pytest.mark.parametrize("confidence", ["", ", 'Confidence': 90", ", 'Confidence': 'high'"])
+def test_right_boxes_with_a_bad_confidence_are_found(confidence):
+    """What the reward is stands under "as asked"; a broken box beside it is a wrong one."""
+    element = f"{{'Position': [100, 100, 300, 300]{confidence}}}"
+    readings = (1000.0, 1000.0), (640, 480)
+    earned = other_readings(f"<answer>[{element}]</answer>", truth(A), 0.5, *readings)
+    assert earned["as asked"] == 0 and earned["boxes with any confidence"] == 1
+    answer = f"<answer>[{element}, {{'Position': [1, 2, 3]}}]</answer>"
+    earned = other_readings(answer, truth(A), 0.5, *readings)
+    assert earned["boxes with any confidence"] == 0.5
+
+
+def test_repeated_boxes_are_as_asked_what_they_earn():
+    answer = boxes((*A, 0.9), (*A, 0.9))
+    earned = other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), (640, 480))
+    assert earned["as asked"] == iou_reward(answer, truth(A)) == 1
+
+
+@pytest.mark.parametrize(
+    "answer, why",
+    [
+        ("I see it", "not one box"),
+        ("(1200,100),(1400,300)", "outside the frame of 1000 x 1000"),
+        ("(300,300),(100,100)", "corners swapped, or no area"),
+        ("(100,100),(300,301)", "GIoU below 1"),
+        ("(100,100),(300,300)", ""),
+    ],
+)
+def test_a_grounding_answer_says_what_is_wrong_with_it(answer, why):
+    text = f"<answer>{answer}</answer>"
+    assert explain_grounding(text, "(100,100),(300,300)") == why
+
+
+def test_grounding_read_otherwise():
+    """Pixels of a 2,000 x 1,500 photograph, where thousandths are asked for."""
+    frame, size, true = (1000.0, 1000.0), (2000, 1500), "(100,200),(600,800)"
+    earned = other_grounding_readings("<answer>(200,300),(1200,1200)</answer>", true, frame, size)
+    assert earned["as asked"] == 0 and earned["pixels of the image"] == pytest.approx(1)
+    right = other_grounding_readings(f"<answer>{true}</answer>", true, frame, size)
+    assert max(right, key=right.get) == "as asked" and right["as asked"] == 1
+    assert other_grounding_readings("<answer>there</answer>", true, frame, size) == {}
 
 
 def test_no_positions_no_readings():
@@ -274,6 +338,7 @@ def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
             otherwise = other_readings(completion, solution, 0.5, (1000.0, 1000.0), (640, 480))
             assert all(0 <= value <= 1 for value in otherwise.values())
         assert 0 <= grounding_reward(completion, "(1,1),(9,9)") <= 1
+        assert isinstance(explain_grounding(completion, "(1,1),(9,9)"), str)
     solution_kind(text)
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.det import (
-    Parsed,
     confidence_reward,
     explain_boxes,
     grounding_reward,
@@ -200,7 +199,8 @@ def test_a_megabyte_of_white_space_inside_is_read_at_once(answer):
     ],
 )
 def test_these_elements_are_bad(element):
-    assert parse_boxes(f"[{element}]") == Parsed((), 1)
+    parsed = parse_boxes(f"[{element}]")
+    assert (parsed.boxes, parsed.bad, parsed.reason) == ((), 1, "")
 
 
 def test_every_stray_element_counts():

@@ -406,9 +406,35 @@ def test_the_other_script_s_data_is_refused_before_a_weight_is_loaded(tmp_path, 
         message = str(caught.value)
         assert "row 0" in message and "a.png" in message
         assert f"torchrun {other} {' '.join(argv)} --beta 0.1" in message
-    (boxes / "train.json").write_text(json.dumps(plain * 2 + table))
-    with pytest.raises(ValueError, match=r"(?s)row 2 .*Position.*but row 0 .*garden phlox"):
-        train_cls.main(["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(boxes)])
+        own = {train_cls: ["--answer_match=exact"], train_det: ["--iou_threshold", "0.6"]}[script]
+        with pytest.raises(ValueError) as caught:
+            script.main([*argv, *own, "--beta", "0.1"])
+        message, flag = str(caught.value), own[0].split("=")[0]
+        assert f"(without {flag}, which it does not know)" in message
+        assert f"torchrun {other} {' '.join(argv)} --beta 0.1" in message
+
+
+@pytest.mark.parametrize("script", [train_cls, train_det])
+@pytest.mark.parametrize(
+    "kinds", [("class", "boxes"), ("class", "grounding"), ("boxes", "grounding")], ids="-".join
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mixture_names_the_first_row_of_each_kind(script, kinds, turned, tmp_path):
+    detection_set(tmp_path)
+    (row,) = json.loads((tmp_path / "train.json").read_text())[:1]
+    solutions = {
+        "class": "<answer>garden phlox</answer>",
+        "boxes": row["solution"],
+        "grounding": "<answer>(10,10),(200,300)</answer>",
+    }
+    one, two = reversed(kinds) if turned else kinds
+    table = [{**row, "solution": solutions[kind]} for kind in (one, one, two)]
+    (tmp_path / "train.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError) as caught:
+        script.main(["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(tmp_path)])
+    message = str(caught.value)
+    assert "2 kinds: row 0 (" in message and f", a {one} solution (2 rows); row 2 (" in message
+    assert f", a {two} solution (1 rows)" in message and "torchrun" not in message
 
 
 def test_a_solution_that_earns_less_than_everything_is_named(tmp_path):
@@ -690,8 +716,8 @@ def test_boxes_in_another_frame_are_found_with_what_they_would_have_earned():
     task = {"kind": "boxes", "frame": "thousandths"}
     first, *_ = train_det.hints(records, train, config, task)
     assert first == (
-        "read as pixels of the image, the boxes of 4 answers would have earned an IoU reward of "
-        "1.00 in place of 0.00"
+        "read as pixels of the image, the 4 answers with boxes of this step would have earned an "
+        "IoU reward of 1.00 in place of 0.00"
     )
     true = [[{"completion": perfect(row.solution), "row": row.index}] for row in chosen]
     assert train_det.hints(true, train, config, task) == []
