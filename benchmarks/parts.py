@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.rollout import make_packs, sample_groups
 from models.cache import KVCache
 from models.decode import DecodeStep
-from models.generate import Sampling, image_features, sample
+from models.generate import Sampling, image_features, sample, with_image_features
 from models.load import load_model
 from models.processor import Processor
 
@@ -97,7 +98,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     never = (*processor.suppressed_ids, *processor.stop_ids)
     sampling = Sampling(options.completion, suppressed_ids=never)
     groups = sample_groups(model, prompts, options.group, sampling, 0, 1, range(PROMPTS))
-    (pack,) = make_packs(groups, 10**9)
+    (pack,), (half,) = make_packs(groups, 10**9), make_packs(groups[: PROMPTS // 2], 10**9)
     scoring = (1.0, torch.tensor(never))
     samples, device = PROMPTS * options.group, torch.device("cpu")
     uniforms = torch.rand(samples, dtype=torch.float64)
@@ -119,6 +120,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
         cache.length = options.completion // 2  # the middle of a completion
         return cache
 
+    frozen = replace(pack, prompts=with_image_features(model, prompts))
     cache = filled()
     kept = sum(x.nbytes for pair in cache.prompt for x in pair)
     kept += sum(x.nbytes for pair in cache.own for x in pair) // 2
@@ -168,6 +170,9 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
             lambda: train(token_chunks(hidden, weight, pack.targets, *scoring)),
             3 * weight.nbytes,
         ),
+        # what --beta 0 leaves out where half of the groups have no advantage; and --freeze_vision
+        "training, half the groups": (lambda: train(pack_chunks(model, half, *scoring)), 0),
+        "training, vision frozen": (lambda: train(pack_chunks(model, frozen, *scoring)), 0),
         "optimizer": (update, 8 * nbytes(model)),
     }
 
