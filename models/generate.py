@@ -70,8 +70,8 @@ def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
 def with_image_features(model: QwenVL, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with their images encoded, for a vision tower that does not change."""
     features = image_features(model, prompts)
-    if features is None:
-        return list(prompts)
+    if features is None:  # no rows, so that these prompts and others can stand in one pack
+        features = torch.zeros(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
     image = model.config.image_token_id
     counts = [int((prompt.input_ids == image).sum()) for prompt in prompts]
     parts = features.split(counts)

@@ -1,5 +1,7 @@
 """Chunked log-probs, packing and sampling: one gradient, however the step is cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.logps import pack_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.rollout import make_packs, sample_groups, uniform_numbers
-from models.generate import Sampling, image_features
+from models.generate import Sampling, image_features, with_image_features
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 SUPPRESSED = (IMAGE, 57, 58, 60, 61, 62, 63)
@@ -311,3 +313,19 @@ def test_one_pass_leaves_frozen_weights_alone(frozen):
             assert parameter.grad is None
         else:
             torch.testing.assert_close(parameter.grad, whole[name], atol=1e-12, rtol=1e-9)
+
+
+def test_prompts_with_and_without_encoded_images_share_a_pack():
+    """Encoded apart, as --dynamic_sampling does round by round: the same log-probs."""
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    assert [len(g.prompt.image_keys) for g in groups] == [1, 0, 2, 1]
+    encoded = [
+        replace(group, prompt=with_image_features(model, [group.prompt])[0]) for group in groups
+    ]
+    plain, known = (
+        pack_logps(model, make_packs(some, 10_000)[0], 1.0, None)[0] for some in (groups, encoded)
+    )
+    torch.testing.assert_close(known, plain, atol=1e-12, rtol=1e-12)
+    (alone,) = make_packs([encoded[1]], 10_000)
+    assert pack_logps(model, alone, 1.0, None)[0].isfinite().all()
