@@ -33,9 +33,10 @@ from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.rollout import make_packs, sample_groups
 from models.cache import KVCache
 from models.decode import DecodeStep
-from models.generate import Sampling, image_features, sample, with_image_features
+from models.generate import Sampling, sample, with_image_features
 from models.load import load_model
 from models.processor import Processor
+from models.qwen_vl import image_features
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

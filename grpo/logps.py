@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from grpo.rollout import Pack
-from models.generate import image_features
 from models.qwen_vl import QwenVL
 
 MOST_LOGITS = 2**25  # that exist at once: 128 MB
@@ -220,7 +219,7 @@ def token_chunks(
     asking for the next; the gradient of hidden and weight follows once, after the last chunk, so
     take them all.
     """
-    chunk = min(chunk or chunk_tokens(len(weight)), len(targets))
+    chunk = max(1, min(chunk or chunk_tokens(len(weight)), len(targets)))
     buffer = _buffer(weight, chunk)
     trained = weight.requires_grad
     grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if trained else None
@@ -233,10 +232,11 @@ def token_chunks(
         assert leaf.grad is not None, "call backward on this chunk's loss first"
         grad_hidden.append(leaf.grad)
     del inputs, buffer  # memory for the backward pass
-    if hidden.requires_grad:
-        hidden.backward(torch.cat(grad_hidden))
-    if trained:  # by itself: added in place to the embedding's gradient where the head is tied
+    if trained:  # first: a sharded model's gradients leave with the end of the other pass
         weight.backward(grad_weight.to(weight.dtype))
+        del grad_weight
+    if hidden.requires_grad:  # adds to the head's gradient in place where the head is tied
+        hidden.backward(torch.cat(grad_hidden) if grad_hidden else torch.zeros_like(hidden))
 
 
 def pack_chunks(
@@ -254,10 +254,10 @@ def pack_chunks(
 
 def _hidden(model: QwenVL, pack: Pack) -> Tensor:
     """Hidden states (C, D) at the positions that predict the pack's completion tokens."""
-    return model(
+    return model.hidden_states(
         pack.input_ids.to(model.device),
         pack.position_ids.to(model.device),
         model.bounds(pack.rows),
-        image_features(model, pack.prompts),
+        pack.prompts,
         read=pack.predicts.to(model.device),
     )

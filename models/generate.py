@@ -13,7 +13,7 @@ from torch import Tensor
 from models.cache import KVCache
 from models.decode import DecodeStep
 from models.processor import Prompt
-from models.qwen_vl import QwenVL
+from models.qwen_vl import QwenVL, image_features
 
 NEVER = float("-inf")
 BLOCK = 128  # entries of the vocabulary, which the published ones are multiples of
@@ -33,37 +33,6 @@ class Sampling:
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
     suppressed_ids: tuple[int, ...] = ()
-
-
-def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Image tokens (n, hidden) of all prompts in order; each distinct image is encoded once, and
-    not again where its prompt carries its features.
-
-    None where no prompt has an image.
-    """
-    known = [prompt.image_features for prompt in prompts if prompt.image_features is not None]
-    if known:
-        assert len(known) == len(prompts)
-        return torch.cat(known)
-    pixels, grids, place = [], [], {}
-    for prompt in prompts:
-        sizes = prompt.image_grid_thw.prod(1).tolist()
-        for key, grid, patches in zip(
-            prompt.image_keys, prompt.image_grid_thw, prompt.pixel_values.split(sizes), strict=True
-        ):
-            if key not in place:
-                place[key] = len(place)
-                pixels.append(patches)
-                grids.append(grid)
-    if not pixels:
-        return None
-    features = model.encode_images(torch.cat(pixels), torch.stack(grids))
-    keys = [key for prompt in prompts for key in prompt.image_keys]
-    if len(keys) == len(place):
-        return features
-    merged = model.config.vision.spatial_merge_size**2
-    tokens = features.split([int(grid.prod()) // merged for grid in grids])
-    return torch.cat([tokens[place[key]] for key in keys])
 
 
 @torch.no_grad()
@@ -94,11 +63,11 @@ def generate(
     count, limit = len(prompts) * group, sampling.max_completion_length
     cache = KVCache(model.config.num_hidden_layers, group, limit)
     last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).to(device) - 1
-    hidden = model(
+    hidden = model.hidden_states(
         torch.cat([prompt.input_ids for prompt in prompts]).to(device),
         torch.cat([prompt.position_ids for prompt in prompts], dim=1).to(device),
         model.bounds([(len(prompt),) for prompt in prompts]),
-        image_features(model, prompts),
+        prompts,
         cache,
         last,
     )

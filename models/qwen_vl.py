@@ -5,6 +5,11 @@ forward pass ends at the hidden states: who needs log-probs forms logits for the
 read and no others (`head_weight`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +19,22 @@ from models.config import QwenVLConfig
 from models.decoder import Decoder
 from models.vision import VisionTower
 
+if TYPE_CHECKING:
+    from models.processor import Prompt
+
 
 class QwenVL(nn.Module):
-    """A Qwen2-VL model. `implementation` is "flash_attention_2" or "sdpa"."""
+    """A Qwen2-VL model. `implementation` is "flash_attention_2" or "sdpa".
+
+    With always_encodes, `hidden_states` runs the vision tower even where no prompt has an image:
+    ranks that share the weights then gather them equally often (grpo/dist.py).
+    """
 
     def __init__(self, config: QwenVLConfig, implementation: str = "sdpa"):
         super().__init__()
         self.config = config
         self.implementation = implementation
+        self.always_encodes = False
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -41,7 +54,7 @@ class QwenVL(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.norm.weight.dtype
 
-    def initialize(self, generator: torch.Generator | None = None) -> "QwenVL":
+    def initialize(self, generator: torch.Generator | None = None) -> QwenVL:
         """Draws fresh weights N(0, initializer_range); norms 1 and biases 0. Returns itself."""
         for name, parameter in self.named_parameters():
             with torch.no_grad():
@@ -61,6 +74,26 @@ class QwenVL(nn.Module):
         """(patches, patch_dim) and (images, 3) on the CPU -> image tokens (tokens, hidden)."""
         pixels = pixel_values.to(self.device, self.dtype)
         return self.visual(pixels, image_grid_thw, self.implementation)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        bounds: Bounds,
+        prompts: Sequence[Prompt],
+        cache: KVCache | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` of packed prompts, their images encoded first.
+
+        One method, because a sharded model's weights are there only within one.
+        """
+        features = image_features(self, prompts)
+        if features is None and self.always_encodes:  # one image, none of whose tokens are used
+            merge = self.config.vision.spatial_merge_size
+            pixels = torch.zeros(merge**2, self.config.vision.patch_dim)
+            features = self.encode_images(pixels, torch.tensor([[1, merge, merge]]))[:0]
+        return self.forward(input_ids, position_ids, bounds, features, cache, read)
 
     def forward(
         self,
@@ -83,6 +116,37 @@ class QwenVL(nn.Module):
             assert len(where) == len(image_features), "image tokens and features differ in number"
             x = x.index_copy(0, where, image_features.to(x.dtype))
         return self.model(x, position_ids, bounds, cache, read)
+
+
+def image_features(model: QwenVL, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Image tokens (n, hidden) of all prompts in order; each distinct image is encoded once, and
+    not again where its prompt carries its features.
+
+    None where no prompt has an image.
+    """
+    known = [prompt.image_features for prompt in prompts if prompt.image_features is not None]
+    if known:
+        assert len(known) == len(prompts)
+        return torch.cat(known)
+    pixels, grids, place = [], [], {}
+    for prompt in prompts:
+        sizes = prompt.image_grid_thw.prod(1).tolist()
+        for key, grid, patches in zip(
+            prompt.image_keys, prompt.image_grid_thw, prompt.pixel_values.split(sizes), strict=True
+        ):
+            if key not in place:
+                place[key] = len(place)
+                pixels.append(patches)
+                grids.append(grid)
+    if not pixels:
+        return None
+    features = model.encode_images(torch.cat(pixels), torch.stack(grids))
+    keys = [key for prompt in prompts for key in prompt.image_keys]
+    if len(keys) == len(place):
+        return features
+    merged = model.config.vision.spatial_merge_size**2
+    tokens = features.split([int(grid.prod()) // merged for grid in grids])
+    return torch.cat([tokens[place[key]] for key in keys])
 
 
 def mrope_position_ids(

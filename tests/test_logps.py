@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.logps import pack_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.rollout import make_packs, sample_groups, uniform_numbers
-from models.generate import Sampling, image_features, with_image_features
+from models.generate import Sampling, with_image_features
+from models.qwen_vl import image_features
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 SUPPRESSED = (IMAGE, 57, 58, 60, 61, 62, 63)

@@ -12,9 +12,9 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as reference_code
 
 from models.attention import Bounds, attention, choose_implementation
 from models.cache import KVCache
-from models.generate import BLOCK, Sampling, generate, image_features, sample
+from models.generate import BLOCK, Sampling, generate, sample
 from models.load import load_model, published_name, read_weights, save_model
-from models.qwen_vl import mrope_position_ids
+from models.qwen_vl import image_features, mrope_position_ids
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 GRIDS = {"none": [], "one": [(4, 6)], "several": [(4, 4), (2, 8), (6, 4)]}

@@ -25,10 +25,9 @@ import train_cls
 import train_det
 from data.flowers import SPECIES, rows
 from models.config import parse_config
-from models.generate import image_features
 from models.load import load_model, save_model
 from models.processor import Processor
-from models.qwen_vl import QwenVL
+from models.qwen_vl import QwenVL, image_features
 from rewards.cls import accuracy_reward
 from rewards.det import iou_reward, read_boxes
 from rewards.parse import perfect
