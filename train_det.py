@@ -7,7 +7,9 @@ number that is logged, docs/rewards.md what is paid for.
 """
 
 import contextlib
+import hashlib
 import io
+import math
 import re
 import time
 from collections import Counter
@@ -30,7 +32,16 @@ from grpo.checkpoint import (
     save_final,
     set_aside_later,
 )
-from grpo.cli import INTERRUPTED, StopSignal, TrainingConfig, flag, parse_config, run
+from grpo.cli import (
+    DIVERGED,
+    INTERRUPTED,
+    USER_ERROR,
+    StopSignal,
+    TrainingConfig,
+    flag,
+    parse_config,
+    run,
+)
 from grpo.diagnose import PARSE_FAILURES, Watch, step_metrics
 from grpo.log import (
     Phases,
@@ -43,17 +54,21 @@ from grpo.log import (
 )
 from grpo.logps import pack_chunks, pack_logps
 from grpo.loss import (
+    find_fault,
     group_advantages,
     length_penalty,
+    per_token_kl,
     policy_loss,
+    reward_fault,
     token_weights,
     weighted_reward,
 )
 from grpo.plan import describe, total_steps
-from grpo.rollout import make_packs, sample_groups
+from grpo.preflight import check_first_ratio, check_gradients
+from grpo.rollout import filler, make_packs, sample_groups
 from models.attention import choose_implementation
 from models.generate import Sampling, with_image_features
-from models.load import check_checkpoint, find_folder, load_model
+from models.load import check_checkpoint, empty_model, find_folder
 from models.processor import Processor
 from rewards.det import (
     confidence_reward,
@@ -166,10 +181,14 @@ def judge(group, example, processor, config, task, reward_weights) -> list[dict]
     records = []
     for ids, truncated in zip(group.completion_ids, group.truncated, strict=True):
         text = processor.decode(ids)
-        rewards = score(text, example, config, task)
-        total = weighted_reward(rewards, reward_weights, text)
+        try:
+            rewards = score(text, example, config, task)
+            total = weighted_reward(rewards, reward_weights)
+            why = explain(text, example, config, task)
+        except Exception as error:  # whatever an edited reward does wrong: the run ends with it
+            records.append(reward_fault(error, example.index, text))
+            continue
         total += length_penalty(len(ids), config.max_completion_length, config.overlong_buffer)
-        why = explain(text, example, config, task)
         records.append(
             {
                 "row": example.index,
@@ -238,6 +257,14 @@ def checked(config: Config, split: str, processor: Processor, argv: list[str]):
             faults.append(Fault(example.index, example.where, found, todo))
     refuse(faults, config.dataset_name, split)
     return examples, lengths, task
+
+
+def fingerprint(examples) -> str:
+    """The same for the same problems, solutions and images, in the same order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(repr((example.problem, example.solution, example.keys)).encode())
+    return digest.hexdigest()
 
 
 def encode(examples: list, processor: Processor) -> list:
@@ -336,7 +363,8 @@ def category(problem: str) -> str:
 def main(argv: list[str]) -> int:
     config, config_file = parse_config(Config, argv, DEMO)
     output_dir = Path(config.output_dir or time.strftime(f"runs/{NAME}-%Y%m%d-%H%M%S"))
-    ranks = dist.start()
+    ranks = dist.start(config.timeout)
+    dist.check_sharding(ranks, config.shard_size, config.reshard_after_forward, config.cpu_offload)
     progress = Progress(ranks.is_main)
     if config_file:
         progress.say(f"settings  {config_file}")
@@ -345,7 +373,7 @@ def main(argv: list[str]) -> int:
     if ranks.is_main:
         check_output(output_dir, config.resume_from_checkpoint is not None, config.report_to)
     else:
-        ranks.wait()
+        ranks.wait_for("checks")
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
     model_facts = check_checkpoint(folder)
@@ -360,7 +388,7 @@ def main(argv: list[str]) -> int:
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     if ranks.is_main:
-        ranks.wait()
+        ranks.done("checks")
     terms = list(score("", train[0], config, task))
     reward_weights = config.reward_weights or [1.0] * len(terms)
     if len(reward_weights) != len(terms):
@@ -378,25 +406,39 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         return 0
 
-    # Policy, reference and data; or the policy and the place in the data as a checkpoint left them.
-    policy = load_model(folder, dtype, ranks.device, kernel)
+    # Policy and reference: plain models on one rank, sharded over several; and a whole copy of the
+    # policy to sample from, which is the policy itself on one rank.
+    sharding = (config.shard_size, config.reshard_after_forward, config.cpu_offload)
+    policy = empty_model(folder, kernel)
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     policy.visual.gradient_checkpointing = config.gradient_checkpointing
     policy.visual.requires_grad_(not config.freeze_vision)
+    policy = dist.place(policy, ranks, dtype, *sharding)
+    dist.load_weights(policy, folder)
+    sampler = dist.whole_model(policy, empty_model(folder, kernel), ranks, dtype)
     reference = None
-    if config.beta > 0:
-        reference = load_model(folder, dtype, ranks.device, kernel).requires_grad_(False)
-        reference.visual = policy.visual if config.freeze_vision else reference.visual
+    if config.beta > 0:  # a frozen vision tower's features come with the prompts
+        reference = empty_model(folder, kernel, not config.freeze_vision).requires_grad_(False)
+        reference = dist.place(reference, ranks, dtype, *sharding)
+        dist.load_weights(reference, folder)
     optimizer = dist.Optimizer(policy, config.weight_decay)
-    state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None}
+
+    # The place in the data and the counters: those of a new run, or as a checkpoint left them.
+    facts = {"the data set": fingerprint(train)}
+    if reference is not None:
+        facts["the reference model"] = dist.checksum(reference, ranks)
+    state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None, "skipped": 0}
+    checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
-        state = read_state(checkpoint, asdict(config))
-        resume(checkpoint, optimizer)
+        if checkpoint is None:
+            progress.say(f"starting  {output_dir} has no checkpoint to resume from yet")
+    if checkpoint:
+        state = read_state(checkpoint, asdict(config), steps, facts)
+        resume(checkpoint, optimizer, state["updates"])
         progress.say(f"resumed   {checkpoint}, step {state['step']}")
-        if state["step"] >= steps:
-            raise ValueError(f"the run is at its end, step {steps}: raise --max_steps to go on")
-    state["config"] = asdict(config)
+    dist.gather_weights(policy, sampler)
+    state |= {"config": asdict(config), "steps": steps, "facts": facts}
     stream = PromptStream(len(train), config.seed, **state["stream"])
     watch = Watch(config.diagnose_after, state["watch"], ADVICE)
     sampling = Sampling(
@@ -414,23 +456,31 @@ def main(argv: list[str]) -> int:
 
     log = None
     if ranks.is_main:
-        resumed_step = state["step"] if config.resume_from_checkpoint else None
+        resumed_step = state["step"] if checkpoint else -1
         name = config.run_name or output_dir.name
-        for path in set_aside_later(output_dir, resumed_step) if resumed_step else []:
+        for path in set_aside_later(output_dir, resumed_step) if checkpoint else []:
             progress.say(f"set aside {path}")
         log = RunFolder(output_dir, config, resumed_step, config.report_to, name)
     stop_signal = StopSignal()
+    first = next((row for row in train if row.images), train[0])
+    answer = processor.tokenizer(perfect(first.solution), add_special_tokens=False)["input_ids"]
+    (prompt,) = encode([first], processor)
+    if config.freeze_vision:
+        (prompt,) = with_image_features(sampler, [prompt])
+    check_gradients(policy, optimizer, prompt, answer, scoring, ranks)
     if test and state["step"] == 0:
-        records = answers(policy, test, processor, judging, greedy, ranks)
+        records = answers(sampler, test, processor, judging, greedy, ranks)
+        if fault := find_fault(records):
+            raise ValueError(fault)
         state["before"], files = evaluate(records, test, config, task)
         if log:
             log.write({"step": 0, **state["before"]}, [], None, True)
             log.write_answers(0, records, files)
     progress.start(steps, state["step"])
-    stopping, held_out = False, {}
+    ending, held_out, bad_steps = None, {}, 0  # ending: exit code and why the run ends early
 
     for step in range(state["step"] + 1, steps + 1):
-        started, phase = time.perf_counter(), Phases(ranks.device)
+        started, phase = time.perf_counter(), Phases(ranks, step, config.tokens_per_pack)
 
         # 1. Sample G completions of each prompt, and 2. reward them: a record per completion, a row
         # of records per prompt. With --dynamic_sampling prompts whose group teaches nothing are
@@ -443,9 +493,9 @@ def main(argv: list[str]) -> int:
             with phase("rollout"):
                 prompts = encode(examples, processor)
                 if config.freeze_vision:
-                    prompts = with_image_features(policy, prompts)
+                    prompts = with_image_features(sampler, prompts)
                 drawn = sample_groups(
-                    policy,
+                    sampler,
                     prompts,
                     config.num_generations,
                     sampling,
@@ -457,6 +507,8 @@ def main(argv: list[str]) -> int:
                 pairs = zip(drawn, examples, strict=True)
                 judged = ranks.gather([judge(*pair, processor, *judging) for pair in pairs])
             spent += len(rows)
+            if fault := find_fault(record for row in judged for record in row):
+                break
             for index, row in enumerate(judged):
                 if config.dynamic_sampling and len({record["reward"] for record in row}) == 1:
                     continue
@@ -470,7 +522,11 @@ def main(argv: list[str]) -> int:
             records, groups = judged, drawn
             places = ranks.mine(list(range(len(judged))))
 
-        if stopping := ranks.any(stop_signal.asked):  # this step is given up
+        if fault:  # this step is given up
+            ending = (USER_ERROR, fault)
+        elif ranks.any(stop_signal.asked):
+            ending = (INTERRUPTED, "interrupted")
+        if ending:
             break
 
         # 3. Advantage: each completion against its own group; weights count the whole step.
@@ -486,23 +542,29 @@ def main(argv: list[str]) -> int:
         if config.beta == 0:
             alive = [i for i, place in enumerate(places) if advantages[place].any()]
             groups, places = [groups[i] for i in alive], [places[i] for i in alive]
+        # Every rank scores as many packs as the one that has most: they gather layers together.
         packs = make_packs(groups, config.tokens_per_pack)
+        load = ranks.gather([sum(len(pack.input_ids) for pack in packs)])
+        packs += [filler()] * (int(ranks.most(len(packs))) - len(packs))
+        largest = max((len(pack.input_ids) for pack in packs), default=0)
         ref_logps = old_logps = [None] * len(packs)
-        with phase("reference"), torch.no_grad():
+        with phase("reference", largest), torch.no_grad():
             if reference is not None:
                 ref_logps = [pack_logps(reference, pack, *scoring)[0] for pack in packs]
             if config.num_iterations > 1:
                 old_logps = [pack_logps(policy, pack, *scoring)[0] for pack in packs]
+            dist.release(reference)
+            dist.release(policy)
 
         # 5. Loss and step: a plain sum over tokens, over chunks of the head, packs and ranks.
-        names = ("tokens", "kl", "entropy", "clip_low", "clip_high")
-        sums, drift = dict.fromkeys(names, 0.0), [0.0]
+        names = ("loss", "tokens", "kl", "entropy", "clip_low", "clip_high")
+        sums, drift, token_kl = dict.fromkeys(names, 0.0), [0.0], []
         rate = dist.learning_rate(
             step - 1, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
         )
         for iteration in range(config.num_iterations):
             for pack, ref, old in zip(packs, ref_logps, old_logps, strict=True):
-                with phase("training"):
+                with phase("training", largest):
                     sampled = pack.sampling_logps(groups).to(ranks.device)
                     pack_advantages = pack.per_token(advantages[places]).to(sampled)
                     pack_weights = pack.per_token(weights[places]).to(sampled)
@@ -520,12 +582,54 @@ def main(argv: list[str]) -> int:
                         )
                         loss.backward()
                         stats |= {"tokens": len(logps), "entropy": entropy.sum()}
+                        stats |= {"loss": loss.detach()}
                         for name, value in stats.items():
                             sums[name] += value
                         if iteration == 0:  # still the policy that sampled
                             drift.append((logps.detach() - sampled[part]).abs().max())
+                            if ref is not None:
+                                estimate = logps.detach(), ref[part], config.kl_estimator
+                                largest_kl, token = per_token_kl(*estimate).max(0)
+                                token_kl.append((largest_kl, pack, part.start + token))
             with phase("optimizer"):
-                grad_norm = optimizer.step(ranks, rate, config.max_grad_norm)
+                drifted = max(ranks.gather([float(max(drift))]))
+                if iteration == 0 and state["step"] == 0:
+                    check_first_ratio(drifted, dtype)
+                grad_norm = math.nan
+                if ranks.any(not math.isfinite(sums["loss"])):
+                    optimizer.discard()
+                else:
+                    grad_norm = optimizer.step(rate, config.max_grad_norm)
+            if not math.isfinite(grad_norm):  # on every rank alike: the step is skipped
+                break
+            with phase("gather"):
+                dist.gather_weights(policy, sampler)
+
+        # A step without an update is told with what it was made of; so is a token far from the
+        # reference.
+        bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+        if bad_steps:
+            state["skipped"] += 1
+            text = f"step {step} was skipped: its loss or gradient is not finite"
+            if log:
+                problems = [train[row[0]["row"]].problem for row in records]
+                text += f" (see {log.write_bad_step(step, records, problems)})"
+            progress.say(text)
+        if bad_steps == config.max_bad_steps:
+            advice = "lower --learning_rate, or start from an earlier checkpoint"
+            ending = (DIVERGED, f"stopped: {bad_steps} steps in a row were skipped: {advice}")
+        alarms = [
+            (float(value), int(token), *(places[g], m), processor.decode(pack.targets[token, None]))
+            for value, pack, token in token_kl
+            for g, m in [pack.completion_at(int(token))]
+        ]
+        alarms = ranks.gather([max(alarms, key=lambda a: a[0], default=None)])
+        kl_max, token, place, member, text = max(
+            (a for a in alarms if a is not None), default=(0.0, 0, 0, 0, "")
+        )
+        if config.kl_alarm is not None and kl_max > config.kl_alarm:
+            completion = records[place][member]["completion"]
+            progress.say(f"KL alarm: {kl_max:.3g} nats at the token {text!r} of {completion!r}")
 
         # 6. Report: metrics, completions, evaluation, checkpoint.
         sums = ranks.sum({name: float(total) for name, total in sums.items()})
@@ -533,7 +637,8 @@ def main(argv: list[str]) -> int:
         means = {name: total / max(scored, 1) for name, total in sums.items()}
         metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
         metrics |= rollout_metrics(records, state["num_tokens"])
-        metrics |= {"kl": means["kl"]} if reference is not None else {}
+        metrics |= {"loss": sums["loss"] / config.num_iterations}
+        metrics |= {"kl": means["kl"], "kl_max": kl_max} if reference is not None else {}
         if scored:
             metrics |= {
                 "entropy": means["entropy"],
@@ -541,10 +646,13 @@ def main(argv: list[str]) -> int:
                 "clip_ratio/high_mean": means["clip_high"],
             }
         metrics |= {
-            "sampling/logp_difference_max": max(ranks.gather([float(max(drift))])),
+            "sampling/logp_difference_max": drifted,
             "grad_norm": grad_norm,
             "learning_rate": rate,
+            "skipped_steps": state["skipped"],
         }
+        if ranks.world > 1:  # 1 is even; the number of ranks is one rank with all the work
+            metrics |= {"ranks/load_imbalance": max(load) * len(load) / max(sum(load), 1)}
         if config.dynamic_sampling:
             metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
         extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
@@ -555,13 +663,17 @@ def main(argv: list[str]) -> int:
         metrics |= dict.fromkeys(findings, 1)
         state |= {"step": step, "num_tokens": metrics["num_tokens"]}
         state |= {"stream": stream.state(), "watch": watch.state()}
-        stopping = ranks.any(stop_signal.asked) and step < steps
+        if ranks.any(stop_signal.asked) and step < steps:
+            ending = ending or (INTERRUPTED, "interrupted")
         held_out, answered, files = {}, [], {}
-        due = config.eval_steps and step % config.eval_steps == 0 and not stopping
-        if test and (due or step == steps):
+        due = config.eval_steps and step % config.eval_steps == 0
+        if test and not ending and (due or step == steps):
             with phase("evaluation"):
-                answered = answers(policy, test, processor, judging, greedy, ranks)
-                held_out, files = evaluate(answered, test, config, task)
+                answered = answers(sampler, test, processor, judging, greedy, ranks)
+                if fault := find_fault(answered):
+                    ending, answered = (USER_ERROR, fault), []
+                else:
+                    held_out, files = evaluate(answered, test, config, task)
         metrics |= {**held_out, "step_time": time.perf_counter() - started, **phase.metrics}
         as_line = step % config.logging_steps == 0 or step == steps
         progress.step(metrics, f"rewards/{terms[0]}/mean", as_line)
@@ -571,33 +683,44 @@ def main(argv: list[str]) -> int:
             log.write(metrics, records, advantages, as_line)
             log.write_answers(step, answered, files)
             log.write_findings(step, findings)
-            if config.save_steps and step % config.save_steps == 0:
-                limit = config.save_total_limit
-                save_checkpoint(output_dir, folder, policy, optimizer, state, limit)
-        ranks.wait()
-        if stopping:
+        state["held_out"] = held_out.get(f"eval/{terms[0]}")
+        if ending or (config.save_steps and step % config.save_steps == 0):
+            with phase("saving"):
+                save(log, output_dir, folder, policy, optimizer, state, ranks, config)
+        if ending:
             break
 
     progress.stop()
-    if log:
-        log.close()
-    if stopping:
-        if log and state["step"]:
-            save_checkpoint(output_dir, folder, policy, optimizer, state, config.save_total_limit)
+    if reference is not None and dist.checksum(reference, ranks) != facts["the reference model"]:
+        raise ValueError("the reference model's weights have changed during the run: a bug")
+    if ending:
+        code, why = ending
+        if state["step"]:
+            save(log, output_dir, folder, policy, optimizer, state, ranks, config)
         progress.say(
-            f"interrupted after step {state['step']} of {steps}; continue with "
+            f"{why}\nended after step {state['step']} of {steps}; continue with "
             f"--output_dir {output_dir} --resume_from_checkpoint auto"
         )
-        ranks.wait()
-        ranks.stop()
-        return INTERRUPTED
+    else:
+        code = 0
+        ranks.enter("saving final/")
+        save_final(output_dir, folder, policy, optimizer, ranks, dtype)
+        if test:
+            progress.say(comparison(state["before"], held_out))
+        progress.say(f"trained   {output_dir / 'final'}")
     if log:
-        save_final(output_dir, folder, policy, optimizer)
-    if test:
-        progress.say(comparison(state["before"], held_out))
-    progress.say(f"trained   {output_dir / 'final'}")
+        log.close()
+    ranks.wait()
     ranks.stop()
-    return 0
+    return code
+
+
+def save(log, output_dir, folder, policy, optimizer, state, ranks, config) -> None:
+    """A checkpoint, once the metrics that lead up to it are on the disk."""
+    if log:
+        log.sync()
+    limit = config.save_total_limit
+    save_checkpoint(output_dir, folder, policy, optimizer, state, ranks, limit)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Saving a run so that it can go on, and taking it up again.
 
 checkpoint-N/ is a Hugging Face checkpoint in float32 (the master weights), loadable by transformers
-as it is, plus the optimizer's moments (optimizer.safetensors) and the run's counters (state.json).
-Random numbers need no saving: every sample's follow from (seed, step, prompt, sample). Nothing is
-pickled. A checkpoint is written under a temporary name and renamed when whole.
+as it is, plus AdamW's moments (optimizer/) and the run's counters (state.json). Random numbers need
+no saving: every sample's follow from (seed, step, prompt, sample). Nothing is pickled, and nothing
+in it depends on the number of ranks. It is written under a temporary name, flushed to the disk and
+then renamed, so that whatever is called checkpoint-N is whole.
 """
 
 import json
@@ -12,11 +13,12 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 
-from grpo.dist import Optimizer
-from models.load import published_name, read_weights, save_model
+from grpo.dist import Optimizer, Ranks
+from models.load import save_model, save_tensors, weight_files
 from models.qwen_vl import QwenVL
 
 
@@ -26,29 +28,110 @@ def save_checkpoint(
     model: QwenVL,
     optimizer: Optimizer,
     state: dict,
+    ranks: Ranks,
     save_total_limit: int | None = None,
 ) -> Path:
-    """Writes output_dir/checkpoint-{state["step"]} and removes all but the newest few.
+    """Writes output_dir/checkpoint-{state["step"]}; then removes all but the newest
+    save_total_limit, and the best by evaluation, of the run's checkpoints.
 
-    state: JSON-able counters, "step" among them. source: the folder whose tokenizer and processor
-    files are copied. Call it on one rank. Returns the folder.
+    state: JSON-able counters, "step" among them; "held_out", where not None, ranks checkpoints.
+    source: the folder whose tokenizer and processor files are copied. Every rank must call it.
+    Returns the folder. Raises ValueError where it cannot be written; older ones are kept then.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     partial = output_dir / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model({**dict(model.named_parameters()), **optimizer.masters}, model, partial, source)
-    moments = {name: value.cpu().contiguous() for name, value in optimizer.state().items()}
-    save_file(moments, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    if save_total_limit:
-        for old in checkpoints(output_dir)[:-save_total_limit]:
-            shutil.rmtree(old)
+    if ranks.any(ranks.is_main and folder.exists()):  # a run that stopped where it was taken up
+        return folder
+
+    def write() -> None:
+        weights = {**dict(model.named_parameters()), **optimizer.masters}
+        save_model(weights, model, partial, source)
+        save_tensors(optimizer.moments(), partial / "optimizer")
+        if ranks.is_main:
+            counters = {**state, "updates": optimizer.updates}
+            (partial / "state.json").write_text(json.dumps(counters, indent=2) + "\n")
+
+    _write_whole(folder, partial, write, ranks)
+    if ranks.is_main and save_total_limit:
+        _remove_old(output_dir, save_total_limit)
+    ranks.wait()
     return folder
+
+
+def save_final(
+    output_dir: Path,
+    source: Path,
+    model: QwenVL,
+    optimizer: Optimizer,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> Path:
+    """Writes output_dir/final, the trained checkpoint in the dtype that was trained with.
+
+    Every rank must call it. Raises ValueError where it cannot be written.
+    """
+    folder, partial = output_dir / "final", output_dir / ".final.partial"
+    weights = {**dict(model.named_parameters()), **optimizer.masters}
+    _write_whole(folder, partial, lambda: save_model(weights, model, partial, source, dtype), ranks)
+    return folder
+
+
+def _write_whole(folder: Path, partial: Path, write, ranks: Ranks) -> None:
+    """Calls `write` on every rank, which fills `partial`, then gives it its name."""
+    problem = None
+    try:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    except OSError as error:
+        problem = str(error)
+    if not (problem := ranks.first(problem)):
+        try:
+            write()
+            if ranks.is_main:
+                _flush(partial)
+                if folder.exists():  # final/ of a run that was made longer
+                    shutil.rmtree(folder)
+                partial.rename(folder)
+                _flush(folder.parent, deep=False)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            causes = getattr(error, "failures", {0: (error,)})
+            problem = "; ".join(str(cause[0]) for cause in causes.values())
+        problem = ranks.first(problem)
+    if problem:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = [path.name for path in checkpoints(folder.parent)]
+        raise ValueError(
+            f"{folder} could not be written: {problem}. Kept: "
+            f"{', '.join(kept) or 'no checkpoint'}. Free space, then go on with "
+            f"--output_dir {folder.parent} --resume_from_checkpoint auto"
+        )
+
+
+def _flush(folder: Path, deep: bool = True) -> None:
+    """Has the disk hold the files of `folder` and its subfolders, and their names."""
+    for path in [*(folder.rglob("*") if deep else []), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_old(output_dir: Path, limit: int) -> None:
+    found = checkpoints(output_dir)
+    scores = {}
+    for folder in found:
+        score = json.loads((folder / "state.json").read_text()).get("held_out")
+        if score is not None:
+            scores[folder] = score
+    best = max(reversed(scores), key=scores.get, default=None)  # the newest of equals
+    for old in found[:-limit]:
+        if old != best:  # renamed first: half a checkpoint must not look like one
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+    for left in output_dir.glob(".checkpoint-*"):  # by a kill
+        shutil.rmtree(left)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -70,19 +153,15 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     return moved
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """The folder that `--resume_from_checkpoint` names; "auto" is the newest of the run.
+def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
+    """The folder that `--resume_from_checkpoint` names; "auto" is the newest of the run, or None
+    where the run was stopped before its first.
 
-    Raises ValueError where there is none or it cannot be resumed from.
+    Raises ValueError where it cannot be resumed from.
     """
     if wanted == "auto":
         found = checkpoints(output_dir)
-        if not found:
-            raise ValueError(
-                f"--resume_from_checkpoint auto: no checkpoint-N in {output_dir}; "
-                f"leave the flag out to start afresh"
-            )
-        return found[-1]
+        return found[-1] if found else None
     folder = Path(wanted)
     if not (folder / "state.json").is_file():
         raise ValueError(
@@ -97,19 +176,22 @@ HARMLESS = {
     "output_dir", "run_name", "report_to", "max_steps", "num_train_epochs", "tokens_per_pack",
     "gradient_checkpointing", "attn_implementation", "logging_steps", "save_steps",
     "save_total_limit", "resume_from_checkpoint", "eval_steps", "eval_samples", "dry_run",
+    "shard_size", "reshard_after_forward", "cpu_offload", "timeout", "max_bad_steps", "kl_alarm",
 }  # fmt: skip
 
 
-def read_state(folder: Path, config: dict) -> dict:
+def read_state(folder: Path, config: dict, steps: int, facts: dict) -> dict:
     """The counters in a checkpoint.
 
-    Raises ValueError where the file is damaged, and where `config` (flag -> value) differs from the
-    run's in a flag that is not harmless, naming each.
+    steps: of the whole run as it is asked for now. facts: what else must not have changed, by name.
+    Raises ValueError where the file is damaged; where `config` (flag -> value) differs from the
+    run's in a flag that is not harmless, naming each; where the run would become shorter; and where
+    a fact differs.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
         assert isinstance(state["step"], int)
-        assert state.keys() >= {"num_tokens", "stream", "before", "watch"}
+        assert state.keys() >= {"num_tokens", "stream", "before", "watch", "steps", "facts"}
         saved = state["config"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AssertionError) as error:
         raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error}") from error
@@ -122,33 +204,26 @@ def read_state(folder: Path, config: dict) -> dict:
         raise ValueError(
             f"{folder} belongs to a run with other settings:\n  " + "\n  ".join(changed)
         )
+    if state["step"] >= steps:
+        raise ValueError(f"the run is at its end, step {state['step']}: raise --max_steps to go on")
+    if steps < state["steps"]:
+        raise ValueError(
+            f"{folder} belongs to a run of {state['steps']} steps, now {steps} are asked for: "
+            f"--max_steps may go up, not down"
+        )
+    for name, value in facts.items():
+        if state["facts"].get(name) != value:
+            raise ValueError(f"{folder}: {name} is not what the run began with")
     return state
 
 
-def resume(folder: Path, optimizer: Optimizer) -> None:
-    """Loads a checkpoint's weights and moments into the optimizer and its model.
+def resume(folder: Path, optimizer: Optimizer, updates: int) -> None:
+    """Loads a checkpoint's weights and moments into the optimizer and its model, whatever the
+    number of ranks that wrote it.
 
-    Raises ValueError where a file is missing or damaged.
+    updates: how many the checkpoint's state counts. Raises ValueError where a file is missing or
+    damaged.
     """
-    masters = {published_name(name): tensor for name, tensor in read_weights(folder)}
-    try:
-        moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'optimizer.safetensors'}: cannot be read: {error}") from error
-    missing = [name for name in optimizer.masters if name not in masters]
-    stepped = any(name.startswith("step.") for name in moments)
-    missing += [n for n in optimizer.masters if stepped and f"exp_avg_sq.{n}" not in moments]
+    missing = optimizer.resume(updates, weight_files(folder), weight_files(folder / "optimizer"))
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} the first")
-    optimizer.load(masters, moments)
-
-
-def save_final(output_dir: Path, source: Path, model: QwenVL, optimizer: Optimizer) -> Path:
-    """Writes output_dir/final, the trained checkpoint in the dtype that was trained with."""
-    folder, partial = output_dir / "final", output_dir / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    weights = {**dict(model.named_parameters()), **optimizer.masters}
-    save_model(weights, model, partial, source, model.dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-USER_ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
+USER_ERROR, DIVERGED, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 ROOT = Path(__file__).resolve().parent.parent
 OWN_CODE = ("grpo", "models", "rewards", "data")
 
@@ -107,9 +107,26 @@ class TrainingConfig:
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa")
     )
 
+    shard_size: int | None = flag(
+        None, "ranks over which the model is sharded, such as those of a node; by default all"
+    )
+    reshard_after_forward: bool = flag(
+        True, "gather layers again in the backward pass; false saves traffic and costs memory"
+    )
+    cpu_offload: bool = flag(False, "keep shards, gradients and moments in the CPU's memory")
+    timeout: float = flag(1800.0, "seconds that ranks wait for one that is dead or stuck")
+    max_bad_steps: int = flag(
+        3, "end the run after so many steps in a row whose gradient is not finite"
+    )
+    kl_alarm: float | None = flag(
+        None, "name a step's token of largest KL, in nats, where it is above this"
+    )
+
     logging_steps: int = flag(1, "print and report every so many steps (metrics.jsonl has all)")
     save_steps: int = flag(100, "write checkpoint-N every so many steps; 0 only when interrupted")
-    save_total_limit: int | None = flag(None, "keep the newest so many checkpoints")
+    save_total_limit: int | None = flag(
+        None, "keep the newest N checkpoints and the best by evaluation"
+    )
     resume_from_checkpoint: str | None = flag(
         None, "continue the run in --output_dir: `auto` for its newest checkpoint, or a folder"
     )
@@ -286,6 +303,9 @@ def _check(config, fields: dict) -> None:
         "save_total_limit": 1,
         "eval_samples": 1,
         "max_sampling_rounds": 1,
+        "max_bad_steps": 1,
+        "shard_size": 1,
+        "kl_alarm": 0,
         "overlong_buffer": 0,
         "diagnose_after": 0,
         "save_steps": 0,
@@ -313,7 +333,7 @@ def _check(config, fields: dict) -> None:
             f"--num_generations is {config.num_generations}: an advantage compares the completions "
             f"of a group, so it takes at least 2"
         )
-    positive = ("temperature", "top_p", "num_train_epochs")
+    positive = ("temperature", "top_p", "num_train_epochs", "timeout")
     for name in positive:
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} is {getattr(config, name)}; it must be above 0")
@@ -329,38 +349,58 @@ def run(main: Callable[[list[str]], int]) -> None:
     """Calls main(argv) and exits with its code.
 
     A ValueError that this project's own code raised is a user error: one message, exit code 2. One
-    from inside a library is a bug and keeps its traceback (as all do under GRPO_TRACEBACK=1).
+    from inside a library is a bug and keeps its traceback (as all do under GRPO_TRACEBACK=1). Where
+    a collective fails the message says which rank was missing: exit code 4.
     """
+    ranks, code = None, 0
     try:
         code = main(sys.argv[1:])
-    except ValueError as error:
-        if not _meant_for_users(error) or os.environ.get("GRPO_TRACEBACK"):
+    except (ValueError, FloatingPointError, RuntimeError) as error:
+        ranks = _joined()
+        if ranks and ranks.collective_failed(error):
+            first = str(error).splitlines()[0]
+            print(
+                f"stopped: in {ranks.doing}: {ranks.who_is_missing()} ({first})\n"
+                f"Go on from the last checkpoint with --resume_from_checkpoint auto; "
+                f"--timeout sets how long ranks wait.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(RANK_LOST)  # a process group that lost a member cannot be left in order
+        if ranks:
+            ranks.leave(str(error).splitlines()[0])
+        if isinstance(error, FloatingPointError):
+            print(f"stopped: {error}", file=sys.stderr, flush=True)
+            code = DIVERGED
+        elif _meant_for_users(error) and not os.environ.get("GRPO_TRACEBACK"):
+            # A mistake in flags or data meets every rank alike: one says so. Later each speaks.
+            if ranks or int(os.environ.get("RANK", 0)) == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            code = USER_ERROR
+        else:
             raise
-        # A mistake in flags or data meets every rank alike: one says so. In the loop each speaks.
-        rank, joined = int(os.environ.get("RANK", 0)), "torch" in sys.modules and _joined()
-        if rank == 0 or joined:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = USER_ERROR
-    except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        code = DIVERGED
     except KeyboardInterrupt:  # before the loop, where there is nothing to keep
         code = INTERRUPTED
+    sys.stdout.flush()
+    if ranks:
+        os._exit(code)  # others may be in the middle of a collective
     sys.exit(code)
 
 
-def _meant_for_users(error: ValueError) -> bool:
+def _meant_for_users(error: Exception) -> bool:
     """Whether a `raise` in this project's own code made it, rather than a library or a slip."""
+    if not isinstance(error, ValueError):
+        return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()
     ours = file.parent == ROOT or any(file.is_relative_to(ROOT / name) for name in OWN_CODE)
     return ours and (frame.line or "").startswith("raise ")
 
 
-def _joined() -> bool:
-    import torch.distributed
-
-    return torch.distributed.is_initialized()
+def _joined():
+    """This process's Ranks where it is one of several, else None."""
+    module = sys.modules.get("grpo.dist")
+    return module.joined if module else None
 
 
 class StopSignal:

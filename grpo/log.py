@@ -5,11 +5,15 @@ the lines after its checkpoint, so that no step stands twice. docs/metrics.md de
 """
 
 import dataclasses
+import fcntl
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from grpo.dist import Ranks
 
 
 def check_output(path: Path, resuming: bool, report_to: str) -> None:
@@ -32,10 +38,36 @@ def check_output(path: Path, resuming: bool, report_to: str) -> None:
             f"--resume_from_checkpoint auto, or name another folder"
         )
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output_dir {path}: {parent} is not a folder that can be written")
+    try:  # os.access would say yes to root on a read-only disk
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {path}: {parent} cannot be written: {error}") from error
+    if resuming:
+        _locked(path)
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise ValueError(f"--report_to {report_to}: pip install {report_to}")
+
+
+def _locked(path: Path):
+    """A file that this process alone holds while it lives, or None before the folder is there.
+
+    Raises ValueError where another process holds it.
+    """
+    if not path.is_dir():
+        return None
+    file = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise ValueError(
+            f"--output_dir {path}: another run is writing there ({file.read().strip()}); wait for "
+            f"its end, or name another folder"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 class RunFolder:
@@ -50,6 +82,7 @@ class RunFolder:
         metrics = path / "metrics.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(path)
             for file in (metrics, path / "completions.jsonl"):
                 if resumed_step is not None and file.exists():
                     _drop_after(file, resumed_step)
@@ -81,14 +114,18 @@ class RunFolder:
 
         records, advantages: (B, G), a record per completion; no record where nothing was sampled.
         """
+        completions = []
         for prompt, row in enumerate(records):
             for sample, record in enumerate(row):
                 place = {"step": metrics["step"], "prompt": prompt, "sample": sample}
-                record = place | record | {"advantage": float(advantages[prompt, sample])}
-                self._completions.write(json.dumps(record) + "\n")
-        self._completions.flush()
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+                completions.append(
+                    place | record | {"advantage": float(advantages[prompt, sample])}
+                )
+        with self._told():
+            self._completions.write(_json_lines(completions))
+            self._completions.flush()
+            self._metrics.write(_json_lines([metrics]))
+            self._metrics.flush()
         if report:
             self._tracker(metrics)
 
@@ -97,23 +134,65 @@ class RunFolder:
 
         files: further contents for JSON, to <name>-<step>.json each.
         """
-        if records:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            (self.path / f"eval-{step}.jsonl").write_text(text)
-        for name, content in files.items():
-            (self.path / f"{name}-{step}.json").write_text(json.dumps(content) + "\n")
+        with self._told():
+            if records:
+                (self.path / f"eval-{step}.jsonl").write_text(_json_lines(records))
+            for name, content in files.items():
+                (self.path / f"{name}-{step}.json").write_text(json.dumps(content) + "\n")
 
     def write_findings(self, step: int, findings: dict[str, str]) -> None:
         """Appends what the diagnosis said to diagnosis.txt; nothing where it was silent."""
         if findings:
-            with (self.path / "diagnosis.txt").open("a") as file:
+            with self._told(), (self.path / "diagnosis.txt").open("a") as file:
                 for text in findings.values():
                     file.write(f"step {step}: {text}\n\n")
+
+    def write_bad_step(self, step: int, records: list[list[dict]], problems: list[str]) -> Path:
+        """The prompts and completions of a step that was skipped, to bad-step-<step>.jsonl."""
+        path = self.path / f"bad-step-{step}.jsonl"
+        lines = [
+            {"problem": problem, **record}
+            for problem, row in zip(problems, records, strict=True)
+            for record in row
+        ]
+        with self._told():
+            path.write_text(_json_lines(lines))
+        return path
+
+    def sync(self) -> None:
+        """Has the disk hold what was written, before a checkpoint says that it was."""
+        with self._told():
+            for file in (self._metrics, self._completions):
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """ValueError names the folder where the disk takes no more."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {self.path}: {error.strerror} while writing. What was saved is "
+                f"kept: free space, then go on with --output_dir {self.path} "
+                f"--resume_from_checkpoint auto"
+            ) from error
 
     def close(self) -> None:
         self._metrics.close()
         self._completions.close()
+        self._lock.close()
         self._tracker(None)
+
+
+def _json_lines(records: list[dict]) -> str:
+    """A line per record; numbers that are not finite become null, which JSON has."""
+    return "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(file: Path, step: int) -> None:
@@ -168,30 +247,58 @@ def _tracker(report_to: str, path: Path, name: str, config: dict):
     return lambda metrics: None
 
 
+# What to lower where memory runs out.
+LOWER = {
+    "rollout": "--prompts_per_step, --num_generations, --max_completion_length or --max_pixels",
+    "evaluation": "--max_completion_length or --max_pixels",
+    "optimizer": "the model's share of a rank: more ranks, or --cpu_offload",
+}
+LOWER_PACKS = "--tokens_per_pack ({}) or --max_pixels; or set --gradient_checkpointing true"
+
+
 class Phases:
-    """Seconds and peak memory of each named phase of one step.
+    """Seconds and peak memory of each named phase of one step; tells ranks what goes on.
 
     On CUDA the peak is of the memory that torch allocated during the phase; on a CPU it is the
     process's largest resident size so far, which never falls.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, ranks: Ranks, step: int, tokens_per_pack: int):
+        self.ranks, self.step, self.tokens_per_pack = ranks, step, tokens_per_pack
         self.metrics: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
+    def __call__(self, name: str, tokens: int | None = None) -> Iterator[None]:
+        """tokens: of what the phase works on at once. Raises ValueError, out of memory."""
+        device = self.ranks.device
+        cuda = device.type == "cuda"
+        self.ranks.enter(f"{name} of step {self.step}")
         if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        yield
-        if cuda:
-            torch.cuda.synchronize(self.device)
+        try:
+            yield
+            if cuda:
+                torch.cuda.synchronize(device)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            at = f" at {tokens} tokens in a pack" if tokens else ""
+            raise ValueError(
+                f"out of memory in {self.ranks.doing}{at}: lower "
+                f"{LOWER.get(name, LOWER_PACKS.format(self.tokens_per_pack))}. "
+                f"Checkpoints are kept. ({str(error).splitlines()[0]:.200})"
+            ) from error
         seconds = self.metrics.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else resident_gb()
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else resident_gb()
         self.metrics[f"time/{name}_s"] = seconds
         self.metrics[f"memory/{name}_gb"] = max(peak, self.metrics.get(f"memory/{name}_gb", 0.0))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a class for it on CUDA only."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def resident_gb() -> float:

@@ -10,7 +10,9 @@ accumulated or spread over ranks cannot change its gradient. Nothing here forms 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,18 +22,34 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 SCALE_REWARDS = ("group", "batch", "none")
 
 
-def weighted_reward(terms: Mapping[str, float], weights: Sequence[float], completion: str) -> float:
+def weighted_reward(terms: Mapping[str, float], weights: Sequence[float]) -> float:
     """sum_i weights[i] x terms[i], the reward of one completion.
 
-    Raises ValueError for a term that is no finite number, with its name and the completion.
+    Raises ValueError where terms are no mapping to as many finite numbers as there are weights.
     """
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"score() returned {terms!r:.200}, not a dict of rewards")
     for name, value in terms.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(
-                f"the reward {name!r} is {value!r}, not a finite number, for the completion:\n"
-                f"{completion}"
-            )
+            raise ValueError(f"the reward {name!r} is {value!r:.200}, not a finite number")
+    if len(terms) != len(weights):
+        raise ValueError(f"score() returned {list(terms)}, where {len(weights)} rewards are known")
     return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True))
+
+
+def reward_fault(error: Exception, row: int, completion: str) -> dict[str, str]:
+    """The record of a completion that cannot be rewarded: what went wrong, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return {
+        "fault": f"{type(error).__name__}: {error} ({place}), for row {row} and the completion:\n"
+        f"{completion}"
+    }
+
+
+def find_fault(records: Iterable[Mapping]) -> str | None:
+    """The first fault among records."""
+    return next((record["fault"] for record in records if "fault" in record), None)
 
 
 def length_penalty(tokens: int, longest: int, buffer: int) -> float:

@@ -53,12 +53,19 @@ class Pack:
 
     def per_token(self, table: Tensor) -> Tensor:
         """(groups, members) values of completions -> (C,), each repeated over its tokens."""
-        index, member = torch.tensor(self.completions).T
-        return table[index, member].repeat_interleave(torch.tensor(self.lengths))
+        index, member = torch.tensor(self.completions, dtype=torch.int64).view(-1, 2).T
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return table[index, member].repeat_interleave(lengths)
+
+    def completion_at(self, token: int) -> tuple[int, int]:
+        """(group, member) of the completion that the packed completion token `token` is in."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return self.completions[int(torch.searchsorted(ends, token, right=True))]
 
     def sampling_logps(self, groups: Sequence[Group]) -> Tensor:
         """The log-probs under which the completions were drawn, (C,) float32."""
-        return torch.cat([groups[i].sampling_logps[member] for i, member in self.completions])
+        found = [groups[i].sampling_logps[member] for i, member in self.completions]
+        return torch.cat(found) if found else torch.zeros(0)
 
 
 def uniform_numbers(seed: int, step: int, prompt: int, sample: int, count: int) -> Tensor:
@@ -163,3 +170,16 @@ def _pack(groups: Sequence[Group], rows: list[tuple[int, list[int]]]) -> Pack:
         completions=[(index, member) for index, members in rows for member in members],
         lengths=[length for row in lengths for length in row[1:]],
     )
+
+
+def filler() -> Pack:
+    """A pack of one prompt token and no completion: its loss and gradients are exactly 0.
+
+    A rank with fewer packs than another takes part with these in the layers' gathering.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    grid = torch.zeros(0, 3, dtype=torch.int64)
+    prompt = Prompt(
+        torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), 1, none, grid, ()
+    )
+    return Pack(prompt.input_ids, prompt.position_ids, [(1,)], [prompt], none, none, [], [])

@@ -1,24 +1,25 @@
 """Checkpoints in and out: safetensors with published names, one tensor at a time.
 
 Reading is strict: a missing, unexpected or misshapen weight is an error that names it. Nothing is
-read by pickle. Loading in several ranks at once reads the files once per rank.
+read by pickle. A rank reads the rows that it will hold.
 """
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import QwenVLConfig, read_config
 from models.qwen_vl import QwenVL
 
 INDEX = "model.safetensors.index.json"
+MOST_BYTES = 5_000_000_000  # of one weight file
 
 # Everything beside the weights that makes a folder a checkpoint for transformers.
 PROCESSOR_FILES = (
@@ -58,6 +59,20 @@ def find_folder(model_name_or_path: str) -> Path:
         ) from error
 
 
+def empty_model(folder: Path, implementation: str = "sdpa", vision: bool = True) -> QwenVL:
+    """The model of a checkpoint folder on the meta device: shapes, no memory.
+
+    vision false leaves the vision tower out, for prompts that carry their images' features.
+    Raises ValueError as `check_weights`.
+    """
+    with torch.device("meta"):
+        model = QwenVL(read_config(folder), implementation)
+    check_weights(folder, model)
+    if not vision:
+        model.visual = None
+    return model
+
+
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device | str, implementation: str = "sdpa"
 ) -> QwenVL:
@@ -68,15 +83,11 @@ def load_model(
     Weights of any floating dtype. Raises ValueError as `check_weights`, and for unreadable files.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = QwenVL(config, implementation)
-    check_weights(folder, model)
-    model = model.to(dtype).to_empty(device=device)
+    model = empty_model(folder, implementation).to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
-    for name, tensor in read_weights(folder):
-        if (parameter := parameters.get(published_name(name))) is not None:
-            parameter.data.copy_(tensor)
+    wanted = {name: (0, len(parameter)) for name, parameter in parameters.items()}
+    for name, tensor in load_slices(weight_files(folder), wanted):
+        parameters[name].data.copy_(tensor)
     return model
 
 
@@ -131,15 +142,24 @@ def published_name(name: str) -> str:
     return name
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight in `folder`, read one at a time.
+def load_slices(
+    files: list[Path], wanted: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, rows) of the wanted tensors, one at a time: `count` rows from row `first` on of each.
 
-    Raises ValueError where files are missing or damaged.
+    wanted: published name -> (first, count). What the files lack is not yielded. Raises ValueError
+    where a file is damaged.
     """
-    for path in weight_files(folder):
+    for path in files:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+            for key in file.keys():  # noqa: SIM118
+                if (place := wanted.get(published_name(key))) is None:
+                    continue
+                first, count = place
+                if count:  # a rank beyond the last row has none
+                    yield published_name(key), file.get_slice(key)[first : first + count]
+                else:
+                    yield published_name(key), torch.empty(0, *file.get_slice(key).get_shape()[1:])
 
 
 @contextmanager
@@ -171,6 +191,33 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes tensors, sharded or not, as model.safetensors or numbered files of up to 5 GB and
+    their index. Every rank must call it.
+
+    torch.distributed.checkpoint writes each rank's part, then joins the parts.
+    """
+    from torch.distributed import checkpoint, is_initialized
+
+    file, size, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.itemsize
+        if size and size + bytes_ > MOST_BYTES:
+            file, size = file + 1, 0
+        files[name], size = file, size + bytes_
+    writer = checkpoint.HuggingFaceStorageWriter(
+        str(folder), files, save_distributed=True, enable_consolidation=True
+    )
+    with warnings.catch_warnings():  # that one process saves alone
+        warnings.simplefilter("ignore", UserWarning)
+        checkpoint.save(tensors, storage_writer=writer, no_dist=not is_initialized())
+    if not is_initialized() or torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder / "sharded")
+        if file == 1:
+            (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
+            (folder / INDEX).unlink()
+
+
 def save_model(
     weights: dict[str, Tensor],
     model: QwenVL,
@@ -180,22 +227,12 @@ def save_model(
 ) -> None:
     """Writes a checkpoint that transformers loads as it is, in the published layout.
 
-    weights: name -> tensor under the published names (the model's own, or its float32 masters).
-    The tokenizer's and the processors' files are copied from `source` byte for byte.
+    weights: name -> tensor under the published names (the model's own, or its float32 masters),
+    sharded or not; every rank must call it. The tokenizer's and the processors' files are copied
+    from `source` byte for byte.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: w.detach().to("cpu", dtype).contiguous() for k, w in weights.items()}
-    shards = split_torch_state_dict_into_shards(
-        weights, filename_pattern="model{suffix}.safetensors"
-    )
-    for name, keys in shards.filename_to_tensors.items():
-        save_file({key: weights[key] for key in keys}, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors makes it private, unlike all other files
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    save_tensors({name: weight.detach().to(dtype) for name, weight in weights.items()}, folder)
     config = model.config.to_dict(str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in PROCESSOR_FILES:
