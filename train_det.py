@@ -684,7 +684,7 @@ def main(argv: list[str]) -> int:
             log.write_answers(step, answered, files)
             log.write_findings(step, findings)
         state["held_out"] = held_out.get(f"eval/{terms[0]}")
-        if ending or (config.save_steps and step % config.save_steps == 0):
+        if config.save_steps and step % config.save_steps == 0:
             with phase("saving"):
                 save(log, output_dir, folder, policy, optimizer, state, ranks, config)
         if ending:

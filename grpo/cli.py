@@ -374,16 +374,19 @@ def run(main: Callable[[list[str]], int]) -> None:
             code = DIVERGED
         elif _meant_for_users(error) and not os.environ.get("GRPO_TRACEBACK"):
             # A mistake in flags or data meets every rank alike: one says so. Later each speaks.
-            if ranks or int(os.environ.get("RANK", 0)) == 0:
+            if int(os.environ.get("RANK", 0)) == 0 or (ranks and ranks.doing != "the start"):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             code = USER_ERROR
         else:
             raise
     except KeyboardInterrupt:  # before the loop, where there is nothing to keep
         code = INTERRUPTED
-    sys.stdout.flush()
-    if ranks:
-        os._exit(code)  # others may be in the middle of a collective
+    if _joined():
+        # at once: others may be in the middle of a collective, and taking the communication's
+        # threads down in order now and then ends in an abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

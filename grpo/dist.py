@@ -141,6 +141,7 @@ class Ranks:
 
 
 joined: Ranks | None = None  # where `start` joined others: for the message of a run that breaks
+starts = 0
 
 
 def start(timeout: float = 1800.0) -> Ranks:
@@ -163,14 +164,15 @@ def start(timeout: float = 1800.0) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = datetime.timedelta(seconds=timeout)
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        groups = dist.PrefixStore("groups", store)
-        dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=limit)
         # a restarted job must not read what the last attempt said
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        global joined, starts
+        starts += 1
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{starts}"
+        groups = dist.PrefixStore(f"groups/{attempt}", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=limit)
         store = dist.PrefixStore(f"ranks/{attempt}", store)
     ranks = Ranks(rank, world, device, store)
     if world > 1:
-        global joined
         joined = ranks
     return ranks
 
@@ -247,9 +249,11 @@ def place(
 
 
 def release(model: QwenVL | None) -> None:
-    """Frees what a pass without gradient left gathered: embedding, head, final norm."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Frees what a pass without gradient left gathered: embedding, head, final norm, and all layers
+    that are not resharded after the forward pass."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_model(policy: QwenVL, empty: QwenVL, ranks: Ranks, dtype: torch.dtype) -> QwenVL:

@@ -223,7 +223,7 @@ def token_chunks(
     buffer = _buffer(weight, chunk)
     trained = weight.requires_grad
     grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if trained else None
-    grad_hidden = []
+    inputs, grad_hidden = None, []
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         leaf = hidden[part].detach().requires_grad_()
@@ -231,7 +231,7 @@ def token_chunks(
         yield part, *_ChunkLogps.apply(*inputs, grad_weight)
         assert leaf.grad is not None, "call backward on this chunk's loss first"
         grad_hidden.append(leaf.grad)
-    del inputs, buffer  # memory for the backward pass
+    inputs = buffer = None  # memory for the backward pass
     if trained:  # first: a sharded model's gradients leave with the end of the other pass
         weight.backward(grad_weight.to(weight.dtype))
         del grad_weight

@@ -1,10 +1,15 @@
 """The optimizer, its schedule and its state."""
 
+import json
+import math
+import resource
+import signal
+
 import pytest
 import torch
 import transformers
 
-from grpo import dist
+from grpo import checkpoint, dist
 from grpo.checkpoint import resume, save_checkpoint
 from tests.tiny import tiny_config, tiny_model
 
@@ -35,7 +40,7 @@ def test_bf16_masters_sum_packs_in_float32_and_are_written_back():
             assert master.dtype == torch.float32 and torch.equal(master.grad, total)
         for parameter, total in zip(plain.parameters(), expected, strict=True):
             parameter.grad = total.clone()
-        norms = [o.step(ALONE, 1e-2, 1.0) for o in (half, full)]
+        norms = [o.step(1e-2, 1.0) for o in (half, full)]
         assert norms[0] == pytest.approx(norms[1])
     for name, parameter in plain.named_parameters():
         assert torch.equal(half.masters[name], parameter)
@@ -45,7 +50,7 @@ def test_bf16_masters_sum_packs_in_float32_and_are_written_back():
 def test_matrices_decay_and_vectors_do_not():
     model = tiny_model(tiny_config(), torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    dist.Optimizer(model, 0.5).step(ALONE, 0.1, 1.0)  # no gradient: zeros
+    dist.Optimizer(model, 0.5).step(0.1, 1.0)  # no gradient: zeros
     for name, parameter in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter, before[name] * factor)
@@ -58,8 +63,8 @@ def test_clipping_scales_the_whole_gradient():
         model = tiny_model(tiny_config(), torch.float32)
         optimizer = dist.Optimizer(model, 0.0)
         gradients(model, 0)
-        norm = optimizer.step(ALONE, 1e-3, limit)
-        moments = [v for k, v in optimizer.state().items() if k.startswith("exp_avg.")]
+        norm = optimizer.step(1e-3, limit)
+        moments = [v for k, v in optimizer.moments().items() if k.startswith("exp_avg.")]
         seen[limit] = (norm, 10 * torch.cat([m.flatten() for m in moments]).norm().item())
     assert seen[0.0][0] == pytest.approx(seen[0.0][1], rel=1e-4)
     assert seen[2.0][0] == pytest.approx(seen[0.0][0]) and seen[2.0][1] == pytest.approx(
@@ -73,8 +78,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = dist.Optimizer(model, 0.1)
     gradients(model, 0)
     next(model.parameters()).grad[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="nan"):
-        optimizer.step(ALONE, 0.1, 1.0)
+    assert math.isnan(optimizer.step(0.1, 1.0)) and optimizer.updates == 0
+    assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
@@ -102,13 +107,13 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype):
     model, optimizer = start()
     for step in range(2):
         gradients(model, step)
-        optimizer.step(ALONE, 1e-2, 1.0)
-    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2})
+        optimizer.step(1e-2, 1.0)
+    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE)
     again, resumed = start()
-    resume(folder, resumed)
+    resume(folder, resumed, json.loads((folder / "state.json").read_text())["updates"])
     for m, o in ((model, optimizer), (again, resumed)):
         gradients(m, 7)
-        o.step(ALONE, 1e-2, 1.0)
+        o.step(1e-2, 1.0)
     for name, master in optimizer.masters.items():
         assert torch.equal(master, resumed.masters[name])
         assert torch.equal(model.get_parameter(name), again.get_parameter(name))
@@ -118,5 +123,67 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = dist.Optimizer(model, 0.0)
     for step in (2, 9, 10):
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": step}, 2)
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": step}, ALONE, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+
+
+def test_the_best_checkpoint_by_evaluation_is_kept(tmp_path):
+    model = tiny_model(tiny_config(), torch.float32)
+    optimizer = dist.Optimizer(model, 0.0)
+    for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.9), (5, 0.1), (6, None)):
+        state = {"step": step, "held_out": score}
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, state, ALONE, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+
+
+def fail_to_write(limit: int, call) -> None:
+    """call() where no file may grow beyond `limit` bytes: a real write that really fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limit", [1000, 300_000])
+def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
+    """The weights do not fit, or they do and the larger file that joins the parts does not."""
+    model = tiny_model(tiny_config(), torch.float32)
+    optimizer = dist.Optimizer(model, 0.0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1}, ALONE, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def save():
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+
+    with pytest.raises(ValueError, match=r"checkpoint-2 could not be written.*Kept: checkpoint-1"):
+        fail_to_write(limit, save)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("when", ["weights", "moments", "rename"])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, monkeypatch):
+    """The process ends between any two calls: what is called checkpoint-N is whole."""
+    model = tiny_model(tiny_config(), torch.float32)
+    optimizer = dist.Optimizer(model, 0.0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1}, ALONE, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        where = {"weights": "save_model", "moments": "save_tensors", "rename": "_flush"}[when]
+        patch.setattr(checkpoint, where, kill)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+    assert checkpoint.find_checkpoint("auto", tmp_path).name == "checkpoint-1"
+    resume(tmp_path / "checkpoint-1", optimizer, 0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

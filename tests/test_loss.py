@@ -201,10 +201,13 @@ def test_bad_rewards_are_refused():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1", [1.0]])
-def test_a_reward_that_is_no_number_names_itself_and_the_completion(bad):
-    with pytest.raises(ValueError, match=r"(?s)'format'.*what the model wrote"):
-        weighted_reward({"accuracy": 1.0, "format": bad}, [1, 1], "what the model wrote")
-    assert weighted_reward({"accuracy": 1.0, "format": 0.5}, [2, 0.5], "") == 2.25
+def test_a_reward_that_is_no_number_names_itself(bad):
+    with pytest.raises(ValueError, match=r"'format' is .*, not a finite number"):
+        weighted_reward({"accuracy": 1.0, "format": bad}, [1, 1])
+    assert weighted_reward({"accuracy": 1.0, "format": 0.5}, [2, 0.5]) == 2.25
+    for wrong, said in ((None, "None, not a dict"), ([1.0], "not a dict"), ({"a": 1}, "2 rewards")):
+        with pytest.raises(ValueError, match=said):
+            weighted_reward(wrong, [1, 1])
 
 
 def test_unknown_names_are_refused():

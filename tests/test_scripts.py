@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import train_cls
 import train_det
 from data.flowers import SPECIES, rows
+from grpo import dist
 from models.config import parse_config
 from models.load import load_model, save_model
 from models.processor import Processor
@@ -256,9 +257,9 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_branch(tmp_path):
     run = tmp_path / "run"
     train(run, *SHORT, "--max_steps", "3", "--save_steps", "1")
     first = ["--resume_from_checkpoint", str(run / "checkpoint-1"), "--save_total_limit", "1"]
-    train(run, *first, "--max_steps", "2")
+    train(run, *first)
     names = {path.name[:20] for path in run.iterdir() if "checkpoint" in path.name}
-    assert names == {"checkpoint-2", "abandoned-checkpoint"}
+    assert names == {"checkpoint-3", "abandoned-checkpoint"}
     lines = train(run, "--resume_from_checkpoint", "auto", "--max_steps", "4")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
 
@@ -317,7 +318,8 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     loads = []
-    monkeypatch.setattr(train_cls, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    load = dist.load_weights
+    monkeypatch.setattr(dist, "load_weights", lambda *a: loads.append(a) or load(*a))
     lines = train(tmp_path / "run", *SHORT, *VARIANTS[name])
     assert len(lines) == 3 and all(line["grad_norm"] >= 0 for line in lines[1:])
     norms = [[line["grad_norm"] for line in run[1:]] for run in (lines, plain)]
@@ -398,7 +400,7 @@ def test_the_other_script_s_data_is_refused_before_a_weight_is_loaded(tmp_path, 
         (train_cls, "train_det.py", boxes),
         (train_det, "train_cls.py", flowers),
     ):
-        monkeypatch.setattr(script, "load_model", lambda *a: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
         argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(folder)]
         with pytest.raises(ValueError) as caught:
             script.main([*argv, "--beta", "0.1"])

@@ -1,0 +1,95 @@
+"""What tests/test_ranks.py has several ranks do, under torchrun."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import train_cls
+from grpo import dist
+from grpo.logps import pack_chunks
+from grpo.rollout import Group, filler, make_packs
+from models.load import empty_model
+from tests.tiny import tiny_prompt
+
+
+def runs(file: str) -> None:
+    """Trains once for each list of flags in a JSON file, in one pair of processes."""
+    for argv in json.loads(Path(file).read_text()):
+        assert train_cls.main(argv) == 0
+
+
+def gradient(folder: str) -> None:
+    """Sums of gradients over ranks: rank 0 has two packs with images, rank 1 one without, and the
+    rest nothing at all; written whole by the main rank."""
+    ranks = dist.start(60)
+    model = dist.place(empty_model(Path(folder)), ranks, torch.float32)
+    dist.load_weights(model, Path(folder))
+    whole = dist.whole_model(model, empty_model(Path(folder)), ranks, torch.float32)
+    dist.gather_weights(model, whole)
+    packs = uneven_packs(model.config)[ranks.rank] if ranks.rank < 2 else []
+    packs += [filler()] * (int(ranks.most(len(packs))) - len(packs))
+    score(model, packs)
+    optimizer = dist.Optimizer(model, 0.0)
+    gathered = {n: g.full_tensor() for n, g in optimizer.gradients().items()}
+    norm = optimizer.step(1e-2, 0.1)
+    sums = dist.checksum(model, ranks)
+    after = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
+    if ranks.is_main:
+        found = {"gradients": gathered, "norm": norm, "checksum": sums, "after": after}
+        torch.save(found | {"whole": whole.state_dict()}, Path(folder) / "found.pt")
+    ranks.wait()
+    ranks.stop()
+
+
+def uneven_packs(config) -> list[list]:
+    shapes = ([(4, 6)], [(2, 2), (4, 4)]), ([],)
+    packs = []
+    for rank, prompts in enumerate(shapes):
+        groups = [
+            Group(tiny_prompt(config, grids, seed=rank + i), [[5, 6, 7], [8] * (i + 1)], [], [])
+            for i, grids in enumerate(prompts)
+        ]
+        packs.append(make_packs(groups, 40))
+    return packs
+
+
+def score(model, packs) -> None:
+    for pack in packs:
+        for part, logps, _ in pack_chunks(model, pack, 1.0, None):
+            weights = torch.arange(1.0, 100.0)[part]
+            (logps * weights).sum().backward()
+
+
+def lost(how: str, phase: str, folder: str) -> None:
+    """A run in which rank 1 dies, stops or raises as soon as it is in a phase of step 2."""
+    enter = dist.Ranks.enter
+
+    def watched(self, name: str) -> None:
+        enter(self, name)
+        if self.rank == 1 and name == f"{phase} of step 2":
+            if how == "raises":
+                raise ValueError("a fault of rank 1")
+            os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
+
+    dist.Ranks.enter = watched
+    sys.argv[1:] = ["--output_dir", folder, "--timeout", "5", "--max_steps", "4", *SMALL]
+    started = time.monotonic()
+    try:
+        train_cls.run(train_cls.main)
+    finally:
+        print(f"left after {time.monotonic() - started:.0f} s", flush=True)
+
+
+SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--eval_samples", "2"]
+SMALL += ["--max_completion_length", "40", "--save_steps", "1"]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"runs": runs, "gradient": gradient, "lost": lost}[sys.argv[1]](*sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # see grpo.cli.run
