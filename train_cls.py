@@ -333,7 +333,8 @@ def main(argv: list[str]) -> int:
 
     log = None
     if ranks.is_main:
-        resumed_step = state["step"] if checkpoint else -1
+        begun = 0 if checkpoint else -1  # without a checkpoint even step 0 is done again
+        resumed_step = state["step"] + begun if config.resume_from_checkpoint else None
         name = config.run_name or output_dir.name
         for path in set_aside_later(output_dir, resumed_step) if checkpoint else []:
             progress.say(f"set aside {path}")

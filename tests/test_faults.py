@@ -178,9 +178,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     with (run / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
-        with pytest.raises(
-            ValueError, match=rf"another run is writing there \(process {os.getpid()}"
-        ):
+        with pytest.raises(ValueError, match="another run is writing there"):
             train_cls.main(again)
     monkeypatch.undo()
     assert train_cls.main(again) == 0
@@ -202,17 +200,15 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     run, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)
     data = ["--model_name_or_path", str(model), "--dataset_name", "demo:flowers"]
-    train(run, *data, *LONGER, "--save_steps", "2")
-    again = ["--output_dir", str(run), "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    train(run, *data, *LONGER, "--save_steps", "1")
+    again = ["--output_dir", str(run), "--resume_from_checkpoint", str(run / "checkpoint-1")]
     with pytest.raises(ValueError, match="a run of 3 steps, now 2 are asked for"):
-        train_cls.main([*again[:3], str(run / "checkpoint-1"), "--max_steps", "2"]) if (
-            run / "checkpoint-1"
-        ).exists() else train_cls.main([*again, "--max_steps", "2"])
-    state = json.loads((run / "checkpoint-2" / "state.json").read_text())
+        train_cls.main([*again, "--max_steps", "2"])
+    state = json.loads((run / "checkpoint-1" / "state.json").read_text())
     facts = state["facts"]
     for name in ("the data set", "the reference model"):
         state["facts"] = facts | {name: "float32:0"}
-        (run / "checkpoint-2" / "state.json").write_text(json.dumps(state))
+        (run / "checkpoint-1" / "state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match=f"{name} is not what the run began with"):
             train_cls.main(again)
 
@@ -232,9 +228,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
 def test_a_parameter_without_gradient_is_found_before_the_first_step(tmp_path, monkeypatch):
     encode = QwenVL.encode_images
     monkeypatch.setattr(QwenVL, "encode_images", lambda *a: encode(*a).detach())
-    with pytest.raises(
-        ValueError, match=r"(?s)before the first step.*visual\..* its gradient is 0"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)first step.*visual\..* its gradient is 0"):
         train(tmp_path / "run", *SHORT)
 
 
