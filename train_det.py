@@ -64,7 +64,7 @@ from grpo.loss import (
     weighted_reward,
 )
 from grpo.plan import describe, total_steps
-from grpo.preflight import check_first_ratio, check_gradients
+from grpo.preflight import REFERENCE, check_first_ratio, check_gradients, check_reference
 from grpo.rollout import filler, make_packs, sample_groups
 from models.attention import choose_implementation
 from models.generate import Sampling, with_image_features
@@ -426,7 +426,7 @@ def main(argv: list[str]) -> int:
     # The place in the data and the counters: those of a new run, or as a checkpoint left them.
     facts = {"the data set": fingerprint(train)}
     if reference is not None:
-        facts["the reference model"] = dist.checksum(reference, ranks)
+        facts[REFERENCE] = dist.checksum(reference, ranks)
     state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None, "skipped": 0}
     checkpoint = None
     if config.resume_from_checkpoint:
@@ -687,13 +687,13 @@ def main(argv: list[str]) -> int:
         state["held_out"] = held_out.get(f"eval/{terms[0]}")
         if config.save_steps and step % config.save_steps == 0:
             with phase("saving"):
+                check_reference(reference, facts, ranks)
                 save(log, output_dir, folder, policy, optimizer, state, ranks, config)
         if ending:
             break
 
     progress.stop()
-    if reference is not None and dist.checksum(reference, ranks) != facts["the reference model"]:
-        raise ValueError("the reference model's weights have changed during the run: a bug")
+    check_reference(reference, facts, ranks)
     if ending:
         code, why = ending
         if state["step"]:

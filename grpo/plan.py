@@ -72,9 +72,9 @@ def estimate_memory(
 ) -> dict[str, dict[str, float]]:
     """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
-    parameters: of the whole model, which every rank holds, the vision tower's vision_parameters
-    among them. longest_prompt: tokens; all prompts are taken to be as long, and all of it image,
-    and all completions to be of --max_completion_length.
+    parameters: of the whole model, the vision tower's vision_parameters among them; one rank holds
+    it, several share it (docs/memory.md derives each part). longest_prompt: tokens; all prompts are
+    taken to be as long, and all of it image, and all completions to be of --max_completion_length.
     """
     size, vision = (2 if bf16 else 4), model.vision
     trained = parameters - vision_parameters * config.freeze_vision
@@ -112,29 +112,54 @@ def estimate_memory(
     logits = chunk * model.vocab_size * 4
     cache = (prompts * longest_prompt + samples * config.max_completion_length) * 2 * kv
     fused = width * (width + 2 * kv + 2 * model.intermediate_size)
-    fixed = {
-        "libraries": 0.42e9 if device == "cpu" else 0,  # torch, transformers, the tokenizer
-        "weights": parameters * size,
-        "float32 masters": trained * 4 if bf16 else 0,
-        "AdamW moments": trained * 8,
-    }
+    share = config.shard_size or world  # ranks that hold the model together
+    frozen = vision_parameters * config.freeze_vision  # no part of the reference either
+    gradients = trained * 4 / share
+    in_layers = model.num_hidden_layers * decoder_layer_parameters(model)
+    in_layers += vision.depth * vision_block_parameters(model)
+    root = parameters - in_layers  # embedding, head, the tower's ends: gathered for a whole pass
+    at_once = max(decoder_layer_parameters(model), vision_block_parameters(model))
+    fixed = {"libraries": 0.42e9 if device == "cpu" else 0}  # torch, transformers, the tokenizer
+    if world == 1:
+        fixed |= {
+            "weights": parameters * size,
+            "float32 masters": trained * 4 if bf16 else 0,
+            "AdamW moments": trained * 8,
+        }
+        gathered = 0
+        gradients_at_once = gradients + head * size * model.tie_word_embeddings
+    else:
+        here = not config.cpu_offload  # on the device
+        fixed |= {
+            "float32 masters": parameters * 4 / share * here,
+            "AdamW moments": trained * 8 / share * here,
+            "sampling copy": parameters * size,
+        }
+        gathered = (root + 2 * at_once if config.reshard_after_forward else parameters) * size
+        # a group's gradients as backward makes them, and in float32 as they leave
+        gradients_at_once = gradients * here + root * (size + 4)
+        gradients *= here
     if config.beta > 0:
-        fixed["reference"] = (parameters - vision_parameters * config.freeze_vision) * size
+        here = world == 1 or not config.cpu_offload
+        fixed["reference"] = (parameters - frozen) * size / share * here
     phases = {
         "rollout": {
             "key/value cache": cache * model.num_hidden_layers * size,
             "decode weights": fused * model.num_hidden_layers * size,
             "logits": 2 * samples * model.vocab_size * 4,
         },
-        "reference": {"activations": max(layer, block) * size, "logits": logits},
+        "reference": {
+            "gathered layers": gathered,
+            "activations": max(layer, block) * size,
+            "logits": logits,
+        },
         "training": {
+            "gathered layers": gathered,
             "activations": activations,
             # while the head works; then all gradients, the embedding's for itself where it is tied
-            "head or gradients": max(
-                logits + head * 4, trained * 4 + head * size * model.tie_word_embeddings
-            ),
+            "head or gradients": max(logits + head * 4, gradients_at_once),
         },
-        "optimizer": {"gradients": trained * 4},
+        "optimizer": {"gradients": gradients},
     }
     if config.beta == 0 and config.num_iterations == 1:
         del phases["reference"]
@@ -142,3 +167,16 @@ def estimate_memory(
         phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
         for phase, parts in phases.items()
     }
+
+
+def decoder_layer_parameters(model: QwenVLConfig) -> int:
+    """Numbers in one decoder layer."""
+    width, kv = model.hidden_size, model.head_dim * model.num_key_value_heads
+    attention = 2 * width * (width + kv) + width + 2 * kv
+    return attention + 3 * width * model.intermediate_size + 2 * width
+
+
+def vision_block_parameters(model: QwenVLConfig) -> int:
+    """Numbers in one block of the vision tower."""
+    width, ratio = model.vision.embed_dim, model.vision.mlp_ratio
+    return (4 + 2 * ratio) * width**2 + (9 + ratio) * width

@@ -1,11 +1,12 @@
 """What is shown before the first update: gradients reach all that is trained and nothing else, and
-sampling and training agree on what the policy is."""
+sampling and training agree on what the policy is. And with each checkpoint: the reference has not
+moved."""
 
 import math
 
 import torch
 
-from grpo.dist import Optimizer, Ranks, shard
+from grpo.dist import Optimizer, Ranks, checksum, shard
 from grpo.logps import pack_chunks
 from grpo.rollout import Group, make_packs
 from models.processor import Prompt
@@ -13,6 +14,8 @@ from models.qwen_vl import QwenVL
 
 # Largest difference (nats) of a sampled token's log-prob between sampling and training.
 AGREE = {torch.float32: 0.02, torch.bfloat16: 1.0}
+
+REFERENCE = "the reference model"  # the name of its checksum among a run's facts
 
 
 def check_gradients(
@@ -61,3 +64,9 @@ def check_first_ratio(drift: float, dtype: torch.dtype) -> None:
             f"between sampling and training, where {AGREE[dtype]} is rounding: they do not compute "
             f"the same policy, and its gradient would be wrong"
         )
+
+
+def check_reference(reference: QwenVL | None, facts: dict[str, str], ranks: Ranks) -> None:
+    """Raises ValueError where the reference's weights are not those that the run began with."""
+    if reference is not None and checksum(reference, ranks) != facts[REFERENCE]:
+        raise ValueError("the reference model's weights have changed during the run: a bug")

@@ -1,14 +1,21 @@
 """The plan's estimate of memory, against what autograd and the optimizer hold."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from grpo.cli import TrainingConfig
 from grpo.logps import pack_logps
-from grpo.plan import estimate_memory
+from grpo.plan import decoder_layer_parameters, estimate_memory, vision_block_parameters
 from grpo.rollout import Group, make_packs
+from models.config import parse_config
 from models.load import check_checkpoint, save_model
+from models.qwen_vl import QwenVL
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def kept_for_backward(model, pack) -> int:
@@ -78,3 +85,51 @@ def test_fixed_parts_are_the_sizes(tmp_path):
     settings.beta = 0.0
     phases = estimate_memory(settings, read, total, vision, 100, False, 1, "cpu")
     assert "reference" not in phases and "reference" not in phases["training"]
+
+
+def published(width, inner, heads, kv_heads, vocabulary, tied):
+    """The published sizes of Qwen2-VL: 28 layers, a tower of 32 blocks."""
+    raw = json.loads((ROOT / "data/demo_cls/checkpoint/config.json").read_text())
+    raw |= {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
+    raw |= {"num_key_value_heads": kv_heads, "num_hidden_layers": 28, "vocab_size": vocabulary}
+    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    raw |= {"tie_word_embeddings": tied}
+    raw["vision_config"] = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
+    raw["vision_config"] |= {"hidden_size": width, "in_chans": 3, "patch_size": 14}
+    return parse_config(raw, "published")
+
+
+SIZES = {
+    "2B": ((1536, 8960, 12, 2, 151936, True), 2_208_985_600, 1),
+    "7B": ((3584, 18944, 28, 4, 152064, False), 8_291_375_616, 8),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_fit_the_machines_that_are_asked_for(name):
+    """2B on one card of 80 GB, 7B on eight, with the flags' defaults; 7B not on one."""
+    sizes, total, world = SIZES[name]
+    config = published(*sizes)
+    with torch.device("meta"):
+        model = QwenVL(config)
+    assert sum(p.numel() for p in model.parameters()) == total
+    layer, block = model.model.layers[0], model.visual.blocks[0]
+    assert decoder_layer_parameters(config) == sum(p.numel() for p in layer.parameters())
+    assert vision_block_parameters(config) == sum(p.numel() for p in block.parameters())
+    settings = TrainingConfig(model_name_or_path="m", dataset_name="d")
+    vision = sum(p.numel() for p in model.visual.parameters())
+
+    def peak(world):
+        place = (total, vision, 1024, True, world, "cuda:0")
+        return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
+
+    assert peak(world) < 70, "leave room for CUDA, NCCL and fragments"
+    if name == "7B":
+        assert peak(1) > 120
+        whole = peak(8)
+        settings.shard_size = 4
+        assert whole < peak(8) < peak(4) + 1
+        settings.shard_size, settings.reshard_after_forward = None, False
+        assert peak(8) > whole + 10
+        settings.reshard_after_forward, settings.cpu_offload = True, True
+        assert peak(8) < whole - 10
