@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from grpo.dist import Optimizer, Ranks
-from models.load import save_model, save_tensors, weight_files
+from models.load import save_config, save_tensors, weight_files
 from models.qwen_vl import QwenVL
 
 
@@ -43,15 +44,15 @@ def save_checkpoint(
     if ranks.any(ranks.is_main and folder.exists()):  # a run that stopped where it was taken up
         return folder
 
-    def write() -> None:
-        weights = {**dict(model.named_parameters()), **optimizer.masters}
-        save_model(weights, model, partial, source)
-        save_tensors(optimizer.moments(), partial / "optimizer")
-        if ranks.is_main:
-            counters = {**state, "updates": optimizer.updates}
-            (partial / "state.json").write_text(json.dumps(counters, indent=2) + "\n")
+    def write_state() -> None:
+        save_config(model, partial, source, torch.float32)
+        counters = {**state, "updates": optimizer.updates}
+        (partial / "state.json").write_text(json.dumps(counters, indent=2) + "\n")
 
-    _write_whole(folder, partial, write, ranks)
+    # float32: a frozen tower of a bfloat16 model too
+    weights = {name: weight.float() for name, weight in _weights(model, optimizer).items()}
+    tensors = {partial: weights, partial / "optimizer": optimizer.moments()}
+    _write_whole(folder, partial, tensors, write_state, ranks)
     if ranks.is_main and save_total_limit:
         _remove_old(output_dir, save_total_limit)
     ranks.wait()
@@ -71,33 +72,48 @@ def save_final(
     Every rank must call it. Raises ValueError where it cannot be written.
     """
     folder, partial = output_dir / "final", output_dir / ".final.partial"
-    weights = {**dict(model.named_parameters()), **optimizer.masters}
-    _write_whole(folder, partial, lambda: save_model(weights, model, partial, source, dtype), ranks)
+    weights = {name: weight.to(dtype) for name, weight in _weights(model, optimizer).items()}
+
+    def write_config() -> None:
+        save_config(model, partial, source, dtype)
+
+    _write_whole(folder, partial, {partial: weights}, write_config, ranks)
     return folder
 
 
-def _write_whole(folder: Path, partial: Path, write, ranks: Ranks) -> None:
-    """Calls `write` on every rank, which fills `partial`, then gives it its name."""
-    problem = None
-    try:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as error:
-        problem = str(error)
-    if not (problem := ranks.first(problem)):
-        try:
-            write()
-            if ranks.is_main:
-                _flush(partial)
-                if folder.exists():  # final/ of a run that was made longer
-                    shutil.rmtree(folder)
-                partial.rename(folder)
-                _flush(folder.parent, deep=False)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            causes = getattr(error, "failures", {0: (error,)})
-            problem = "; ".join(str(cause[0]) for cause in causes.values())
-        problem = ranks.first(problem)
+def _weights(model: QwenVL, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """All weights by name, the masters of those that are trained."""
+    found = {**dict(model.named_parameters()), **optimizer.masters}
+    return {name: weight.detach() for name, weight in found.items()}
+
+
+def _write_whole(
+    folder: Path,
+    partial: Path,
+    tensors: dict[Path, dict[str, torch.Tensor]],
+    write_rest: Callable[[], None],
+    ranks: Ranks,
+) -> None:
+    """Writes tensors (folder -> name -> tensor) on all ranks and the rest on the main one into
+    `partial`, then gives it its name."""
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        write_rest()
+        _flush(partial)
+        if folder.exists():  # final/ of a run that was made longer
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _flush(folder.parent, deep=False)
+
+    # After each part the ranks agree on whether it was written: none may go on alone.
+    problem = _attempt(begin, ranks, ranks.is_main)
+    for place, contents in tensors.items():
+        problem = problem or _attempt(lambda p=place, c=contents: save_tensors(c, p), ranks)
+    problem = problem or _attempt(finish, ranks, ranks.is_main)
     if problem:
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +123,18 @@ def _write_whole(folder: Path, partial: Path, write, ranks: Ranks) -> None:
             f"{', '.join(kept) or 'no checkpoint'}. Free space, then go on with "
             f"--output_dir {folder.parent} --resume_from_checkpoint auto"
         )
+
+
+def _attempt(write: Callable[[], None], ranks: Ranks, mine: bool = True) -> str | None:
+    """Calls write() where it is `mine` to do; what went wrong on any rank, on every rank."""
+    problem = None
+    try:
+        if mine:
+            write()
+    except (OSError, SafetensorError, CheckpointException) as error:
+        causes = getattr(error, "failures", {0: (error,)})
+        problem = "; ".join(str(cause[0]) for cause in causes.values())
+    return ranks.first(problem)
 
 
 def _flush(folder: Path, deep: bool = True) -> None:

@@ -373,8 +373,7 @@ def run(main: Callable[[list[str]], int]) -> None:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             code = DIVERGED
         elif _meant_for_users(error) and not os.environ.get("GRPO_TRACEBACK"):
-            # A mistake in flags or data meets every rank alike: one says so. Later each speaks.
-            if int(os.environ.get("RANK", 0)) == 0 or (ranks and ranks.doing != "the start"):
+            if not ranks or not ranks.said_by_main(str(error).splitlines()[0]):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             code = USER_ERROR
         else:

@@ -135,6 +135,15 @@ class Ranks:
         if self.store is not None and not self.store.check([f"left/{self.rank}"]):
             self.store.set(f"left/{self.rank}", why)
 
+    def said_by_main(self, why: str) -> bool:
+        """Whether the main rank left for the same reason, and has said so."""
+        until = time.monotonic() + GRACE
+        while not self.is_main and time.monotonic() < until:
+            if self.store.check(["left/0"]):
+                return self.store.get("left/0").decode() == why
+            time.sleep(0.1)
+        return False
+
     def stop(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()

@@ -225,14 +225,19 @@ def save_model(
     source: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a checkpoint that transformers loads as it is, in the published layout.
+    """Writes a checkpoint that transformers loads as it is, in the published layout, from one
+    process.
 
-    weights: name -> tensor under the published names (the model's own, or its float32 masters),
-    sharded or not; every rank must call it. The tokenizer's and the processors' files are copied
-    from `source` byte for byte.
+    weights: name -> tensor under the published names. source: see `save_config`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors({name: weight.detach().to(dtype) for name, weight in weights.items()}, folder)
+    save_config(model, folder, source, dtype)
+
+
+def save_config(model: QwenVL, folder: Path, source: Path, dtype: torch.dtype) -> None:
+    """Writes config.json and copies the tokenizer's and the processors' files from `source`, byte
+    for byte. One rank calls it."""
     config = model.config.to_dict(str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in PROCESSOR_FILES:

@@ -165,7 +165,7 @@ def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("when", ["weights", "moments", "rename"])
+@pytest.mark.parametrize("when", ["weights", "state", "rename"])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, monkeypatch):
     """The process ends between any two calls: what is called checkpoint-N is whole."""
     model = tiny_model(tiny_config(), torch.float32)
@@ -179,7 +179,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        where = {"weights": "save_model", "moments": "save_tensors", "rename": "_flush"}[when]
+        where = {"weights": "save_tensors", "state": "save_config", "rename": "_flush"}[when]
         patch.setattr(checkpoint, where, kill)
         with pytest.raises(Killed):
             save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
