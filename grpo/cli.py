@@ -373,7 +373,8 @@ def run(main: Callable[[list[str]], int]) -> None:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             code = DIVERGED
         elif _meant_for_users(error) and not os.environ.get("GRPO_TRACEBACK"):
-            if not ranks or not ranks.said_by_main(str(error).splitlines()[0]):
+            main_says = ranks and ranks.said_by_main(str(error).splitlines()[0])
+            if not main_says and (ranks or int(os.environ.get("RANK", 0)) == 0):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             code = USER_ERROR
         else:
