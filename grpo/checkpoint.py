@@ -41,7 +41,8 @@ def save_checkpoint(
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     partial = output_dir / f".{folder.name}.partial"
-    if ranks.any(ranks.is_main and folder.exists()):  # a run that stopped where it was taken up
+    # a run that stopped where it was taken up
+    if ranks.any(ranks.is_main and (folder / "state.json").is_file()):
         return folder
 
     def write_state() -> None:
@@ -164,8 +165,9 @@ def _remove_old(output_dir: Path, limit: int) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    found = [path.parent for path in output_dir.glob("checkpoint-*/state.json")]
+    found = [folder for folder in found if folder.name[11:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
@@ -218,11 +220,11 @@ def read_state(folder: Path, config: dict, steps: int, facts: dict) -> dict:
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        assert isinstance(state["step"], int)
-        assert state.keys() >= {"num_tokens", "stream", "before", "watch", "steps", "facts"}
-        saved = state["config"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AssertionError) as error:
-        raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error}") from error
+        saved, needed = state["config"], {"step", "steps", "num_tokens", "stream", "before"}
+        if missing := (needed | {"watch", "skipped", "updates", "facts"}) - state.keys():
+            raise KeyError(*missing)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
     changed = [
         f"--{name}: {saved.get(name)!r} then, {value!r} now"
         for name, value in config.items()

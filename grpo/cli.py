@@ -183,14 +183,12 @@ def parse_config(cls: type, argv: list[str], demo: Path | None = None):
         raise ValueError(_unknown(word.split("=")[0], fields, "flag", "--"))
     given = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
     path = Path(known.config) if known.config else None
-    own = {"model_name_or_path", "dataset_name"} & given.keys()
-    if path is None and not own:
+    wanted = given.get("resume_from_checkpoint")
+    if wanted not in (None, "auto"):
+        given.setdefault("output_dir", str(Path(wanted).parent))
+    if path is None and not {"model_name_or_path", "dataset_name"} & given.keys():
         path = demo
-        if (wanted := given.get("resume_from_checkpoint")) is not None:
-            if wanted != "auto":
-                given.setdefault("output_dir", str(Path(wanted).parent))
-            if "output_dir" not in given:
-                raise ValueError("--resume_from_checkpoint auto needs --output_dir, the run folder")
+        if wanted is not None and "output_dir" in given:
             path = Path(given["output_dir"]) / "config.yaml"
             if not path.is_file():
                 raise ValueError(f"--resume_from_checkpoint: no {path}, so no run to continue")
@@ -340,6 +338,8 @@ def _check(config, fields: dict) -> None:
     for name in ("top_p", "warmup_ratio"):
         if getattr(config, name) > 1:
             raise ValueError(f"--{name} is {getattr(config, name)}; it must be at most 1")
+    if config.resume_from_checkpoint == "auto" and config.output_dir is None:
+        raise ValueError("--resume_from_checkpoint auto needs --output_dir, the run folder")
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed")

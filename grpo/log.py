@@ -197,16 +197,15 @@ def _finite(value):
 
 def _drop_after(file: Path, step: int) -> None:
     """Keeps the whole lines of steps up to `step`; a line cut by a kill goes with the rest."""
-    kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except json.JSONDecodeError:
-            break
-        kept.append(line)
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept))
+    with file.open("rb") as lines, partial.open("wb") as kept:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError):  # not a line of ours
+                break
+            kept.write(line)
     os.replace(partial, file)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import train_cls
 from grpo import dist
+from grpo.checkpoint import save_final
 from grpo.logps import pack_chunks
 from grpo.rollout import Group, filler, make_packs
 from models.load import empty_model
@@ -23,11 +24,11 @@ def runs(file: str) -> None:
         assert train_cls.main(argv) == 0
 
 
-def gradient(folder: str) -> None:
+def gradient(folder: str, shard_size: str) -> None:
     """Sums of gradients over ranks: rank 0 has two packs with images, rank 1 one without, and the
-    rest nothing at all; written whole by the main rank."""
+    rest nothing at all; written whole by the main rank, and saved by all."""
     ranks = dist.start(60)
-    model = dist.place(empty_model(Path(folder)), ranks, torch.float32)
+    model = dist.place(empty_model(Path(folder)), ranks, torch.float32, int(shard_size))
     dist.load_weights(model, Path(folder))
     whole = dist.whole_model(model, empty_model(Path(folder)), ranks, torch.float32)
     dist.gather_weights(model, whole)
@@ -39,6 +40,7 @@ def gradient(folder: str) -> None:
     norm = optimizer.step(1e-2, 0.1)
     sums = dist.checksum(model, ranks)
     after = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
+    save_final(Path(folder), Path(folder), model, optimizer, ranks, torch.float32)
     if ranks.is_main:
         found = {"gradients": gathered, "norm": norm, "checksum": sums, "after": after}
         torch.save(found | {"whole": whole.state_dict()}, Path(folder) / "found.pt")
@@ -85,11 +87,37 @@ def lost(how: str, phase: str, folder: str) -> None:
         print(f"left after {time.monotonic() - started:.0f} s", flush=True)
 
 
+def rough(folder: str) -> None:
+    """A run in which only rank 1 has a loss that is not a number (step 2) and an infinite gradient
+    (step 3), and only rank 1 is told to end (step 4)."""
+    true_loss, enter = train_cls.policy_loss, dist.Ranks.enter
+
+    def broken(*arguments):
+        loss, stats = true_loss(*arguments)
+        if here == "training of step 2 on rank 1":
+            loss = loss * float("nan")
+        if here == "training of step 3 on rank 1":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, stats
+
+    def watched(self, name: str) -> None:
+        nonlocal here
+        enter(self, name)
+        here = f"{name} on rank {self.rank}"
+        if here == "training of step 4 on rank 1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    here = ""
+    train_cls.policy_loss, dist.Ranks.enter = broken, watched
+    argv = ["--output_dir", folder, "--max_steps", "6", *SMALL]
+    print(f"code {train_cls.main(argv)}", flush=True)
+
+
 SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--eval_samples", "2"]
 SMALL += ["--max_completion_length", "40", "--save_steps", "1"]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"runs": runs, "gradient": gradient, "lost": lost}[sys.argv[1]](*sys.argv[2:])
+    {"runs": runs, "gradient": gradient, "lost": lost, "rough": rough}[sys.argv[1]](*sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # see grpo.cli.run

@@ -51,6 +51,15 @@ def test_a_resumed_run_takes_its_own_settings(tmp_path):
     assert path == tmp_path / "config.yaml" and config.seed == 3
 
 
+def test_where_a_resumed_run_is(tmp_path):
+    """`auto` is looked for in a run folder; a checkpoint's own is its parent."""
+    for flags in ([], NEEDED):
+        with pytest.raises(ValueError, match="auto needs --output_dir"):
+            parse(*flags, "--resume_from_checkpoint", "auto")
+    config, _ = parse(*NEEDED, "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
+    assert config.output_dir == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [

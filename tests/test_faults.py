@@ -196,6 +196,32 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     assert timeless(resumed) == timeless(whole)
 
 
+DAMAGE = {
+    "state.json": ("null", "not a readable run state"),
+    "model.safetensors": (None, "not a readable safetensors file"),
+    "optimizer/model.safetensors": (None, "not a readable safetensors file"),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path):
+    run = tmp_path / "run"
+    whole = train(run, *LONGER, "--save_steps", "1")
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "checkpoint-9").mkdir()  # no checkpoint: nothing in it
+    for name, (text, said) in DAMAGE.items():
+        file = run / "checkpoint-2" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept[: len(kept) // 2] if text is None else text.encode())
+        with pytest.raises(ValueError, match=f"checkpoint-2/{name}: {said}"):
+            train(run, "--resume_from_checkpoint", "auto")
+        file.write_bytes(kept)
+    for file, rest in (("metrics.jsonl", "3\n"), ("completions.jsonl", "\0\0\n")):
+        with (run / file).open("a") as lines:
+            lines.write(rest)
+    resumed = train(run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
+    assert timeless(resumed) == timeless(whole)
+
+
 def test_a_resumed_run_must_be_the_same_run(tmp_path):
     run, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)

@@ -92,16 +92,17 @@ def compare(one: Path, two: Path, name: str) -> None:
     assert apart <= 0.2 * moved, f"{name}: {apart} after a way of {moved}"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks, shard_size", [(2, 2), (4, 4), (4, 2)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, tied):
+def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, shard_size, tied):
     """One rank with images and one without; of four ranks two have nothing, and rows do not divide
-    evenly. Weights arrive whole in the sampling copy, and the checksum is the same."""
+    evenly. Weights arrive whole in the sampling copy and on the disk, and the checksum is the
+    same; also for two copies of two shards."""
     config = tiny_config(tied=tied)
     model = tiny_model(config, torch.float32, scale=1)
     save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
     assert read_config(tmp_path) == config
-    out = torchrun(ranks, "gradient", str(tmp_path))
+    out = torchrun(ranks, "gradient", str(tmp_path), str(shard_size))
     assert out.returncode == 0, out.stderr[-4000:]
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     plain = load_model(tmp_path, torch.float32, "cpu")
@@ -119,6 +120,8 @@ def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, tied):
             torch.testing.assert_close(found["after"][name], parameter, rtol=1e-3, atol=1e-3)
             parameter.copy_(found["after"][name])
     assert dist.checksum(plain, alone) == found["checksum"]
+    saved = load_model(tmp_path / "final", torch.float32, "cpu")
+    assert dist.checksum(saved, alone) == found["checksum"]
     next(plain.parameters()).data.view(torch.int32).view(-1)[3] += 1
     assert dist.checksum(plain, alone) != found["checksum"]
 
@@ -162,6 +165,22 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path):
     out = torchrun(2, "lost", "raises", "training", str(tmp_path / "run"))
     assert out.returncode != 0
     assert "rank 1 left: a fault of rank 1" in out.stderr, out.stderr[-3000:]
+
+
+def test_what_one_rank_meets_all_ranks_act_upon(tmp_path):
+    """A loss and a gradient that are not finite, and a signal, on rank 1 alone."""
+    run = tmp_path / "run"
+    out = torchrun(2, "rough", str(run))
+    assert out.returncode == 0, out.stderr[-4000:]
+    assert out.stdout.count("code 130") == 2, out.stdout
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line.get("skipped_steps") for line in lines] == [None, 0, 1, 2, 2]
+    assert [line.get("grad_norm") is None for line in lines[1:]] == [False, True, True, False]
+    assert len(read_lines(run / "bad-step-2.jsonl")) == len(read_lines(run / "bad-step-3.jsonl"))
+    weights = [load_file(run / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3, 4)]
+    for skipped in weights[1:3]:
+        assert all(torch.equal(weight, skipped[name]) for name, weight in weights[0].items())
+    assert any(not torch.equal(weight, weights[3][name]) for name, weight in weights[0].items())
 
 
 def test_flags_of_sharding_that_mean_nothing_are_refused():
