@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 240  # seconds: whoever waits longer hangs
 
 
-def torchrun(ranks: int, *argv: str) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *argv: str, restarts: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += [f"--max_restarts={restarts}"]
     command += [f"--master_port={random.randrange(20000, 60000)}", "-m", "tests.ranks", *argv]
     return subprocess.run(
         command,
@@ -159,6 +160,15 @@ def test_a_dead_or_stuck_rank_is_named(tmp_path, how, phase):
     assert "exitcode  : 4" in out.stderr or "exitcode: 4" in " ".join(out.stderr.split())
     assert (tmp_path / "run" / "checkpoint-1" / "state.json").exists()
     assert "[rank0]:" not in out.stderr, "a traceback"
+
+
+def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
+    out = torchrun(2, "lost", "dies", "training", str(tmp_path / "run"), restarts=1)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "rank 1 is dead or stuck in training of step 2" in out.stderr
+    assert "has no checkpoint to resume from yet" in out.stdout
+    assert "checkpoint-1, step 1" in out.stdout
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [*range(5)]
 
 
 def test_a_rank_that_fails_tells_the_others_why(tmp_path):
