@@ -10,6 +10,7 @@ import math
 from grpo.cli import TrainingConfig
 from grpo.logps import chunk_tokens
 from models.config import QwenVLConfig
+from models.load import MOST_BYTES
 
 
 def total_steps(config: TrainingConfig, rows: int) -> int:
@@ -163,6 +164,10 @@ def estimate_memory(
     }
     if config.beta == 0 and config.num_iterations == 1:
         del phases["reference"]
+    if device == "cpu":  # a GPU's memory holds no file
+        largest = trained * 8 if config.save_steps else parameters * size  # moments, or final/
+        largest = min(max(MOST_BYTES, head * 4), largest)
+        phases["saving"] = {"file on its way": 2 * largest / share}
     return {
         phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
         for phase, parts in phases.items()

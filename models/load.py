@@ -19,7 +19,7 @@ from models.config import QwenVLConfig, read_config
 from models.qwen_vl import QwenVL
 
 INDEX = "model.safetensors.index.json"
-MOST_BYTES = 5_000_000_000  # of one weight file
+MOST_BYTES = 2_000_000_000  # of one weight file: saving holds a rank's part of one, twice
 
 # Everything beside the weights that makes a folder a checkpoint for transformers.
 PROCESSOR_FILES = (
@@ -192,8 +192,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Writes tensors, sharded or not, as model.safetensors or numbered files of up to 5 GB and
-    their index. Every rank must call it.
+    """Writes tensors, sharded or not, as model.safetensors, or as numbered files of up to
+    MOST_BYTES and their index. Every rank must call it.
 
     torch.distributed.checkpoint writes each rank's part, then joins the parts.
     """

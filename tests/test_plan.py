@@ -82,9 +82,14 @@ def test_fixed_parts_are_the_sizes(tmp_path):
         assert parts["reference"] * 1e9 == pytest.approx(2 * (total - vision))
         assert parts["float32 masters"] * 1e9 == pytest.approx(4 * (total - vision))
         assert parts["AdamW moments"] * 1e9 == pytest.approx(8 * (total - vision))
+    assert "saving" not in phases  # the CPU's memory
     settings.beta = 0.0
     phases = estimate_memory(settings, read, total, vision, 100, False, 1, "cpu")
     assert "reference" not in phases and "reference" not in phases["training"]
+    assert phases["saving"]["file on its way"] * 1e9 == pytest.approx(16 * (total - vision))
+    settings.save_steps = 0
+    phases = estimate_memory(settings, read, total, vision, 100, False, 1, "cpu")
+    assert phases["saving"]["file on its way"] * 1e9 == pytest.approx(8 * total)
 
 
 def published(width, inner, heads, kv_heads, vocabulary, tied):
