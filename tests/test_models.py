@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 from transformers.models.qwen2_vl import modeling_qwen2_vl as reference_code
 
+import models.load
 from models.attention import Bounds, attention, choose_implementation
 from models.cache import KVCache
 from models.generate import BLOCK, Sampling, generate, sample
@@ -345,12 +346,20 @@ def test_the_same_image_is_encoded_once(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, tied, dtype):
+@pytest.mark.parametrize("most", [10**9, 20_000], ids=["one file", "several"])
+def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, monkeypatch, tied, dtype, most):
+    monkeypatch.setattr(models.load, "MOST_BYTES", most)
     model = tiny_model(tiny_config(tied), torch.float32).to(dtype)
     save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, dtype)
-    assert set(load_file(tmp_path / "model.safetensors")) == {
-        n for n, _ in model.named_parameters()
-    }
+    files = models.load.weight_files(tmp_path)
+    assert sorted(files) == sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 if most == 20_000 else [f.name for f in files] == ["model.safetensors"]
+    for file in files:  # of up to so many bytes, or one tensor
+        tensors = load_file(file).values()
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors) <= most
+    assert sorted(name for file in files for name in load_file(file)) == sorted(
+        name for name, _ in model.named_parameters()
+    )
     again = load_model(tmp_path, dtype, "cpu")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))

@@ -121,6 +121,7 @@ def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, shard_size, ti
             torch.testing.assert_close(found["after"][name], parameter, rtol=1e-3, atol=1e-3)
             parameter.copy_(found["after"][name])
     assert dist.checksum(plain, alone) == found["checksum"]
+    assert len(list((tmp_path / "final").glob("*.safetensors"))) > 3
     saved = load_model(tmp_path / "final", torch.float32, "cpu")
     assert dist.checksum(saved, alone) == found["checksum"]
     next(plain.parameters()).data.view(torch.int32).view(-1)[3] += 1
