@@ -409,19 +409,21 @@ def main(argv: list[str]) -> int:
     # Policy and reference: plain models on one rank, sharded over several; and a whole copy of the
     # policy to sample from, which is the policy itself on one rank.
     sharding = (config.shard_size, config.reshard_after_forward, config.cpu_offload)
-    policy = empty_model(folder, kernel)
-    policy.model.gradient_checkpointing = config.gradient_checkpointing
-    policy.visual.gradient_checkpointing = config.gradient_checkpointing
-    policy.visual.requires_grad_(not config.freeze_vision)
-    policy = dist.place(policy, ranks, dtype, *sharding)
-    dist.load_weights(policy, folder)
-    sampler = dist.whole_model(policy, empty_model(folder, kernel), ranks, dtype)
-    reference = None
-    if config.beta > 0:  # a frozen vision tower's features come with the prompts
-        reference = empty_model(folder, kernel, not config.freeze_vision).requires_grad_(False)
-        reference = dist.place(reference, ranks, dtype, *sharding)
-        dist.load_weights(reference, folder)
-    optimizer = dist.Optimizer(policy, config.weight_decay)
+    phase = Phases(ranks, 0, config.tokens_per_pack)
+    with phase("loading"):
+        policy = empty_model(folder, kernel)
+        policy.model.gradient_checkpointing = config.gradient_checkpointing
+        policy.visual.gradient_checkpointing = config.gradient_checkpointing
+        policy.visual.requires_grad_(not config.freeze_vision)
+        policy = dist.place(policy, ranks, dtype, *sharding)
+        dist.load_weights(policy, folder)
+        sampler = dist.whole_model(policy, empty_model(folder, kernel), ranks, dtype)
+        reference = None
+        if config.beta > 0:  # a frozen vision tower's features come with the prompts
+            reference = empty_model(folder, kernel, not config.freeze_vision).requires_grad_(False)
+            reference = dist.place(reference, ranks, dtype, *sharding)
+            dist.load_weights(reference, folder)
+        optimizer = dist.Optimizer(policy, config.weight_decay)
 
     # The place in the data and the counters: those of a new run, or as a checkpoint left them.
     facts = {"the data set": fingerprint(train)}
@@ -468,9 +470,11 @@ def main(argv: list[str]) -> int:
     (prompt,) = encode([first], processor)
     if config.freeze_vision:
         (prompt,) = with_image_features(sampler, [prompt])
-    check_gradients(policy, optimizer, prompt, answer, scoring, ranks)
+    with phase("gradient check", len(prompt.input_ids) + len(answer)):
+        check_gradients(policy, optimizer, prompt, answer, scoring, ranks)
     if test and state["step"] == 0:
-        records = answers(sampler, test, processor, judging, greedy, ranks)
+        with phase("evaluation"):
+            records = answers(sampler, test, processor, judging, greedy, ranks)
         if fault := find_fault(records):
             raise ValueError(fault)
         state["before"], files = evaluate(records, test, config, task)

@@ -247,16 +247,21 @@ def _tracker(report_to: str, path: Path, name: str, config: dict):
 
 
 # What to lower where memory runs out.
+SHARE = "the model's share of a rank: more ranks, a smaller model, or --cpu_offload"
 LOWER = {
+    "loading": SHARE,
     "rollout": "--prompts_per_step, --num_generations, --max_completion_length or --max_pixels",
     "evaluation": "--max_completion_length or --max_pixels",
-    "optimizer": "the model's share of a rank: more ranks, or --cpu_offload",
+    "optimizer": SHARE,
+    "gather": SHARE,
+    "saving": SHARE,
 }
 LOWER_PACKS = "--tokens_per_pack ({}) or --max_pixels; or set --gradient_checkpointing true"
 
 
 class Phases:
-    """Seconds and peak memory of each named phase of one step; tells ranks what goes on.
+    """Seconds and peak memory of each named phase of one step, or (step 0) of what goes before
+    the first; tells ranks what goes on.
 
     On CUDA the peak is of the memory that torch allocated during the phase; on a CPU it is the
     process's largest resident size so far, which never falls.
@@ -271,7 +276,7 @@ class Phases:
         """tokens: of what the phase works on at once. Raises ValueError, out of memory."""
         device = self.ranks.device
         cuda = device.type == "cuda"
-        self.ranks.enter(f"{name} of step {self.step}")
+        self.ranks.enter(f"{name} of step {self.step}" if self.step else name)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()

@@ -138,6 +138,10 @@ def test_a_token_far_from_the_reference_is_named(tmp_path, capsys):
             r"--tokens_per_pack \(16384",
         ),
         ("sample_groups", "rollout of step 1", "--prompts_per_step, --num_generations"),
+        ("answers", "evaluation", "--max_completion_length"),
+        ("empty_model", "loading", "the model's share of a rank"),
+        ("check_gradients", r"gradient check at \d+ tokens in a pack", "--tokens_per_pack"),
+        ("save", "saving of step 1", "the model's share of a rank"),
     ],
 )
 def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, function, phase, lower):
@@ -151,7 +155,7 @@ def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, funct
 
     monkeypatch.setattr(train_cls, function, greedy)
     with pytest.raises(ValueError, match=f"out of memory in {phase}.*lower {lower}"):
-        train(tmp_path / "run", *SHORT)
+        train(tmp_path / "run", *SHORT, "--save_steps", "1")
 
 
 def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path):
