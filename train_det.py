@@ -373,7 +373,7 @@ def main(argv: list[str]) -> int:
     if ranks.is_main:
         check_output(output_dir, config.resume_from_checkpoint is not None, config.report_to)
     else:
-        ranks.wait_for("checks")
+        output_dir = Path(ranks.wait_for("checks"))
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)
     model_facts = check_checkpoint(folder)
@@ -387,8 +387,7 @@ def main(argv: list[str]) -> int:
             )
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
-    if ranks.is_main:
-        ranks.done("checks")
+    ranks.done("checks", str(output_dir))
     terms = list(score("", train[0], config, task))
     reward_weights = config.reward_weights or [1.0] * len(terms)
     if len(reward_weights) != len(terms):
@@ -408,7 +407,9 @@ def main(argv: list[str]) -> int:
 
     # Policy and reference: plain models on one rank, sharded over several; and a whole copy of the
     # policy to sample from, which is the policy itself on one rank.
-    sharding = (config.shard_size, config.reshard_after_forward, config.cpu_offload)
+    ranks.wait_for_all("checks")
+    mesh = dist.make_mesh(ranks, config.shard_size)
+    sharding = (mesh, config.reshard_after_forward, config.cpu_offload)
     phase = Phases(ranks, 0, config.tokens_per_pack)
     with phase("loading"):
         policy = empty_model(folder, kernel)
@@ -599,7 +600,7 @@ def main(argv: list[str]) -> int:
             with phase("optimizer"):
                 drifted = max(ranks.gather([float(max(drift))]))
                 if iteration == 0 and state["step"] == 0:
-                    check_first_ratio(drifted, dtype)
+                    check_first_ratio(drifted, dtype, config.temperature)
                 grad_norm = math.nan
                 if ranks.any(not math.isfinite(sums["loss"])):
                     optimizer.discard()
@@ -607,8 +608,8 @@ def main(argv: list[str]) -> int:
                     grad_norm = optimizer.step(rate, config.max_grad_norm)
             if not math.isfinite(grad_norm):  # on every rank alike: the step is skipped
                 break
-            with phase("gather"):
-                dist.gather_weights(policy, sampler)
+        with phase("gather"):
+            dist.gather_weights(policy, sampler)
 
         # A step without an update is told with what it was made of; so is a token far from the
         # reference.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -40,13 +40,15 @@ GRACE = 3.0  # seconds in which ranks that saw a collective fail say that they a
 class Ranks:
     """This process's place among `world` processes, and its device.
 
-    doing: the phase at hand, for messages; other ranks can read it in `store`.
+    timeout: seconds that a collective waits. doing: the phase at hand, for messages; other ranks
+    can read it in `store`.
     """
 
     rank: int
     world: int
     device: torch.device
     store: dist.Store | None = None
+    timeout: float = 1800.0
     doing: str = field(default="the start", init=False)
 
     @property
@@ -91,17 +93,23 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def done(self, what: str) -> None:
-        """Lets the others go on who `wait_for` it."""
+    def done(self, what: str, result: str = "") -> None:
+        """Lets the others go on who `wait_for` it, and tells them the result."""
         if self.store is not None:
-            self.store.set(f"done/{what}", "")
+            self.store.set(f"done/{self.rank}/{what}", result)
 
-    def wait_for(self, what: str) -> None:
-        """Waits until the main rank is done, however long; leaves where it has left."""
-        while not self.store.check([f"done/{what}"]):
-            if self.store.check(["left/0"]):
-                sys.exit(2)  # it has said why
+    def wait_for(self, what: str, rank: int = 0) -> str:
+        """Waits until that rank is done, however long; returns its result. Leaves where that rank
+        has left, which has said why."""
+        while not self.store.check([f"done/{rank}/{what}"]):
+            if self.store.check([f"left/{rank}"]):
+                sys.exit(2)
             time.sleep(0.1)
+        return self.store.get(f"done/{rank}/{what}").decode()
+
+    def wait_for_all(self, what: str) -> None:
+        for rank in range(self.world if self.world > 1 else 0):
+            self.wait_for(what, rank)
 
     def enter(self, phase: str) -> None:
         """Says which phase begins, here and to the others."""
@@ -180,7 +188,7 @@ def start(timeout: float = 1800.0) -> Ranks:
         groups = dist.PrefixStore(f"groups/{attempt}", store)
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=limit)
         store = dist.PrefixStore(f"ranks/{attempt}", store)
-    ranks = Ranks(rank, world, device, store)
+    ranks = Ranks(rank, world, device, store, timeout)
     if world > 1:
         joined = ranks
     return ranks
@@ -207,32 +215,44 @@ def check_sharding(
         raise ValueError(f"--shard_size {shard_size} does not divide the {ranks.world} ranks")
 
 
+def make_mesh(ranks: Ranks, shard_size: int | None) -> DeviceMesh | None:
+    """The ranks that a model is spread over: all, or sets of `shard_size` that hold copies of each
+    other (HSDP), "replicate" by "shard". None for one rank."""
+    if ranks.world == 1:
+        return None
+    if shard_size in (None, ranks.world):
+        return init_device_mesh(ranks.device.type, (ranks.world,))
+    grid = torch.arange(ranks.world).view(-1, shard_size)
+
+    def group_of(sets: list[list[int]]) -> dist.ProcessGroup:  # every rank makes them all
+        limit = datetime.timedelta(seconds=ranks.timeout)  # a mesh's own would wait 30 minutes
+        groups = [dist.new_group(members, timeout=limit) for members in sets]
+        return next(g for g, members in zip(groups, sets, strict=True) if ranks.rank in members)
+
+    groups = [group_of(grid.T.tolist()), group_of(grid.tolist())]
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group(groups, ranks.device.type, grid, mesh_dim_names=names)
+
+
 def place(
     model: QwenVL,
     ranks: Ranks,
     dtype: torch.dtype,
-    shard_size: int | None = None,
+    mesh: DeviceMesh | None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> QwenVL:
     """A model on the meta device (models/load.py's `empty_model`) -> one with memory, unfilled.
 
-    On one rank the plain model in `dtype`. On several, FSDP2: decoder layers, vision blocks and the
-    rest are groups of their own, gathered when they compute. A model with trainable parameters
-    keeps them in float32, computes in `dtype` and sums gradients over ranks in float32.
+    On one rank the plain model in `dtype`. On several, FSDP2 over `mesh`: decoder layers, vision
+    blocks and the rest are groups of their own, gathered when they compute. A model with trainable
+    parameters keeps them in float32, computes in `dtype` and sums gradients over ranks in float32.
 
-    shard_size: ranks over which the model is spread; sets of so many ranks hold copies of each
-    other (HSDP). reshard_after_forward false keeps layers whole from forward to backward.
-    cpu_offload keeps shards, gradients and moments in the CPU's memory.
+    reshard_after_forward false keeps layers whole from forward to backward. cpu_offload keeps
+    shards, gradients and moments in the CPU's memory.
     """
-    if ranks.world == 1:
+    if mesh is None:
         return model.to(dtype).to_empty(device=ranks.device)
-    spread = shard_size or ranks.world
-    if spread == ranks.world:
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    else:
-        shape = (ranks.world // spread, spread)
-        mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
     trained = any(parameter.requires_grad for parameter in model.parameters())
     model = model.to(torch.float32 if trained else dtype)
     options = {
@@ -254,6 +274,7 @@ def place(
     model.always_encodes = model.visual is not None and (
         not trained or any(p.requires_grad for p in model.visual.parameters())
     )
+    model.compute_device = ranks.device
     return model.to_empty(device="cpu" if cpu_offload else ranks.device)
 
 
@@ -280,7 +301,7 @@ def gather_weights(policy: QwenVL, whole: QwenVL) -> None:
         return
     for name, parameter in policy.named_parameters():
         target = whole.get_parameter(name)
-        target.copy_(parameter.detach().to(target.dtype).full_tensor())
+        target.copy_(parameter.detach().to(target.device, target.dtype).full_tensor())
 
 
 def shard(tensor: Tensor) -> tuple[Tensor, int, int]:

@@ -53,15 +53,17 @@ def check_gradients(
         )
 
 
-def check_first_ratio(drift: float, dtype: torch.dtype) -> None:
+def check_first_ratio(drift: float, dtype: torch.dtype, temperature: float) -> None:
     """Raises ValueError where the first update's importance ratios are not 1 up to rounding.
 
-    drift: the largest |log-prob in training - log-prob at sampling| of a sampled token, nats.
+    drift: the largest |log-prob in training - log-prob at sampling| of a sampled token, nats. A
+    temperature below 1 magnifies rounding.
     """
-    if drift > AGREE[dtype]:
+    rounding = AGREE[dtype] / min(1.0, temperature)
+    if drift > rounding:
         raise ValueError(
             f"before the first update a sampled token's log-prob differs by {drift:.3g} nats "
-            f"between sampling and training, where {AGREE[dtype]} is rounding: they do not compute "
+            f"between sampling and training, where {rounding:.3g} is rounding: they do not compute "
             f"the same policy, and its gradient would be wrong"
         )
 

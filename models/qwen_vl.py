@@ -27,7 +27,8 @@ class QwenVL(nn.Module):
     """A Qwen2-VL model. `implementation` is "flash_attention_2" or "sdpa".
 
     With always_encodes, `hidden_states` runs the vision tower even where no prompt has an image:
-    ranks that share the weights then gather them equally often (grpo/dist.py).
+    ranks that share the weights then gather them equally often (grpo/dist.py). compute_device:
+    where it computes, if its weights lie elsewhere between passes.
     """
 
     def __init__(self, config: QwenVLConfig, implementation: str = "sdpa"):
@@ -35,6 +36,7 @@ class QwenVL(nn.Module):
         self.config = config
         self.implementation = implementation
         self.always_encodes = False
+        self.compute_device: torch.device | None = None
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -48,7 +50,7 @@ class QwenVL(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self.compute_device or self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

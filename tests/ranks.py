@@ -29,7 +29,13 @@ def gradient(folder: str, shard_size: str) -> None:
     """Sums of gradients over ranks: rank 0 has two packs with images, rank 1 one without, and the
     rest nothing at all; written whole by the main rank, and saved by all."""
     ranks = dist.start(60)
-    model = dist.place(empty_model(Path(folder)), ranks, torch.float32, int(shard_size))
+    mesh = dist.make_mesh(ranks, int(shard_size))
+    for group in mesh.get_all_groups():
+        assert group._get_backend(ranks.device).options._timeout.total_seconds() == 60
+    model = dist.place(empty_model(Path(folder)), ranks, torch.float32, mesh)
+    model.compute_device = torch.device("meta")  # as with --cpu_offload: not where weights are
+    assert model.bounds([(1,)]).device.type == "meta"
+    model.compute_device = ranks.device
     dist.load_weights(model, Path(folder))
     whole = dist.whole_model(model, empty_model(Path(folder)), ranks, torch.float32)
     dist.gather_weights(model, whole)
@@ -83,7 +89,7 @@ def lost(how: str, phase: str, folder: str) -> None:
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
     dist.Ranks.enter = watched
-    sys.argv[1:] = ["--output_dir", folder, "--timeout", "5", "--max_steps", "4", *SMALL]
+    sys.argv[1:] = ["--output_dir", folder, "--timeout", "10", "--max_steps", "4", *SMALL]
     sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
     started = time.monotonic()
     try:
@@ -93,9 +99,16 @@ def lost(how: str, phase: str, folder: str) -> None:
 
 
 def rough(folder: str) -> None:
-    """A run in which only rank 1 has a loss that is not a number (step 2) and an infinite gradient
-    (step 3), and only rank 1 is told to end (step 4)."""
-    true_loss, enter = train_cls.policy_loss, dist.Ranks.enter
+    """A run in which rank 1 would name the run folder otherwise, checks its rows for longer than
+    collectives wait, and alone has a loss that is not a number (step 2) and an infinite gradient
+    (step 3), and is told to end (step 4)."""
+    os.chdir(folder)
+    train_cls.time.strftime = lambda _: f"rank-{os.environ['RANK']}"
+    true_loss, enter, checked = train_cls.policy_loss, dist.Ranks.enter, train_cls.checked
+
+    def slowly(*arguments):
+        time.sleep(6.5 * int(os.environ["RANK"]))
+        return checked(*arguments)
 
     def broken(*arguments):
         loss, stats = true_loss(*arguments)
@@ -113,8 +126,8 @@ def rough(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     here = ""
-    train_cls.policy_loss, dist.Ranks.enter = broken, watched
-    argv = ["--output_dir", folder, "--max_steps", "6", *SMALL]
+    train_cls.policy_loss, dist.Ranks.enter, train_cls.checked = broken, watched, slowly
+    argv = ["--max_steps", "6", "--timeout", "12", *SMALL]
     print(f"code {train_cls.main(argv)}", flush=True)
 
 

@@ -373,6 +373,16 @@ def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, monkeypatch, 
             assert torch.equal(parameter, model.get_parameter(name))
 
 
+def test_files_that_lack_a_part_are_not_taken_for_a_checkpoint(tmp_path):
+    """As where ranks write to folders of their own, and the main one joins what it sees."""
+    tensors = {"a": torch.ones(4, 3), "b": torch.ones(2)}
+    models.load.save_tensors(tensors, tmp_path)
+    models.load._check_joined(tensors, tmp_path)
+    for lacking in ({"a": torch.ones(8, 3)}, {"c": torch.ones(2)}):
+        with pytest.raises(OSError, match="1 tensors are not there in full.*all ranks see"):
+            models.load._check_joined(tensors | lacking, tmp_path)
+
+
 def stored(folder) -> list:
     return [pair for path in folder.glob("*.safetensors") for pair in load_file(path).items()]
 

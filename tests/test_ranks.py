@@ -27,7 +27,7 @@ LIMIT = 240  # seconds: whoever waits longer hangs
 
 def torchrun(ranks: int, *argv: str, restarts: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += [f"--max_restarts={restarts}"]
+    command += [f"--max_restarts={restarts}", "--shutdown-timeout=5"]
     command += [f"--master_port={random.randrange(20000, 60000)}", "-m", "tests.ranks", *argv]
     return subprocess.run(
         command,
@@ -93,8 +93,9 @@ def compare(one: Path, two: Path, name: str) -> None:
     assert apart <= 0.2 * moved, f"{name}: {apart} after a way of {moved}"
 
 
-@pytest.mark.parametrize("ranks, shard_size", [(2, 2), (4, 4), (4, 2)])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "ranks, shard_size, tied", [(2, 2, False), (2, 2, True), (4, 4, True), (4, 2, False)]
+)
 def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, shard_size, tied):
     """One rank with images and one without; of four ranks two have nothing, and rows do not divide
     evenly. Weights arrive whole in the sampling copy and on the disk, and the checksum is the
@@ -150,9 +151,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path):
     compare(whole, run, "resumed")
 
 
-@pytest.mark.parametrize(
-    "how, phase", [("dies", "rollout"), ("dies", "training"), ("stops", "training")]
-)
+@pytest.mark.parametrize("how, phase", [("dies", "rollout"), ("stops", "training")])
 def test_a_dead_or_stuck_rank_is_named(tmp_path, how, phase):
     out = torchrun(2, "lost", how, phase, str(tmp_path / "run"))
     assert out.returncode != 0
@@ -179,15 +178,18 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path):
 
 
 def test_what_one_rank_meets_all_ranks_act_upon(tmp_path):
-    """A loss and a gradient that are not finite, and a signal, on rank 1 alone."""
-    run = tmp_path / "run"
-    out = torchrun(2, "rough", str(run))
+    """A loss and a gradient that are not finite, and a signal, on rank 1 alone; which checks its
+    rows slowly and has another clock to name the run folder by."""
+    run = tmp_path / "rank-0"
+    out = torchrun(2, "rough", str(tmp_path))
     assert out.returncode == 0, out.stderr[-4000:]
     assert out.stdout.count("code 130") == 2, out.stdout
     lines = read_lines(run / "metrics.jsonl")
     assert [line.get("skipped_steps") for line in lines] == [None, 0, 1, 2, 2]
     assert [line.get("grad_norm") is None for line in lines[1:]] == [False, True, True, False]
     assert len(read_lines(run / "bad-step-2.jsonl")) == len(read_lines(run / "bad-step-3.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-0"]
+    load_model(run / "checkpoint-4", torch.float32, "cpu")
     weights = [load_file(run / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3, 4)]
     for skipped in weights[1:3]:
         assert all(torch.equal(weight, skipped[name]) for name, weight in weights[0].items())
