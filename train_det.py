@@ -96,7 +96,7 @@ EVAL_BATCH = 32  # prompts
 class Config(TrainingConfig):
     """Trains a Qwen2-VL model by GRPO to say where objects are."""
 
-    iou_threshold: float = flag(0.5, "a box is right where its IoU is above this")
+    iou_threshold: float = flag(0.5, "a box is right where its IoU is above this", between=(0, 1))
     confidence_reward: str = flag(
         "calibrated", "what confidence earns", choices=("calibrated", "visual_rft")
     )
@@ -185,6 +185,7 @@ def judge(group, example, processor, config, task, reward_weights) -> list[dict]
             rewards = score(text, example, config, task)
             total = weighted_reward(rewards, reward_weights)
             why = explain(text, example, config, task)
+            reasons = {name: why[name] for name, value in rewards.items() if value < 1}
         except Exception as error:  # whatever an edited reward does wrong: the run ends with it
             records.append(reward_fault(error, example.index, text))
             continue
@@ -196,7 +197,7 @@ def judge(group, example, processor, config, task, reward_weights) -> list[dict]
                 "answer": find_answer(text)[0],
                 "completion": text,
                 "rewards": rewards,
-                "reasons": {name: why[name] for name, value in rewards.items() if value < 1},
+                "reasons": reasons,
                 "reward": total,
                 "tokens": len(ids),
                 "truncated": truncated,
@@ -240,8 +241,9 @@ def checked(config: Config, split: str, processor: Processor, argv: list[str]):
     task = prepare(config, examples, split, argv)
     lengths = []
     for example, size in zip(examples, sizes, strict=True):
+        own = perfect(example.solution)
         try:
-            earned = score(perfect(example.solution), example, config, task)
+            earned = score(own, example, config, task)
             poor = [
                 f"{name} {value:.3f}" for name, value in earned.items() if not value >= 1 - 1e-9
             ]
@@ -249,6 +251,8 @@ def checked(config: Config, split: str, processor: Processor, argv: list[str]):
             lengths.append(processor.count_tokens(example.problem, size))
         except ValueError as error:
             found = str(error)
+        except Exception as error:  # an edited reward
+            raise ValueError(find_fault([reward_fault(error, example.index, own)])) from error
         if found:
             faults.append(Fault(example.index, example.where, found, "correct the row"))
         elif config.max_prompt_length and lengths[-1] > config.max_prompt_length:
@@ -388,10 +392,13 @@ def main(argv: list[str]) -> int:
         prompt_lengths += more
         test = [test[row] for row in range(min(len(test), config.eval_samples or len(test)))]
     ranks.done("checks", str(output_dir))
-    terms = list(score("", train[0], config, task))
-    reward_weights = config.reward_weights or [1.0] * len(terms)
-    if len(reward_weights) != len(terms):
+    terms = list(score(perfect(train[0].solution), train[0], config, task))
+    numbers = config.reward_weights or [1.0] * len(terms)
+    if len(numbers) != len(terms):
         raise ValueError(f"--reward_weights takes {len(terms)} numbers: {', '.join(terms)}")
+    reward_weights = dict(zip(terms, numbers, strict=True))
+    if config.eval_steps and not test:
+        raise ValueError(f"--eval_steps: {config.dataset_name} has no held-out split")
 
     bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -427,10 +434,16 @@ def main(argv: list[str]) -> int:
         optimizer = dist.Optimizer(policy, config.weight_decay)
 
     # The place in the data and the counters: those of a new run, or as a checkpoint left them.
-    facts = {"the data set": fingerprint(train)}
+    facts = {
+        "the data set": fingerprint(train),
+        "the held-out rows": fingerprint(test),
+        "what is paid for": hashlib.blake2b(repr(task).encode(), digest_size=8).hexdigest(),
+        "the precision": str(dtype),
+    }
     if reference is not None:
         facts[REFERENCE] = dist.checksum(reference, ranks)
-    state = {"step": 0, "num_tokens": 0, "stream": {}, "before": {}, "watch": None, "skipped": 0}
+    state = {"step": 0, "num_tokens": 0, "stream": {}, "watch": None, "before": {}, "after": {}}
+    state |= {"skipped": 0, "bad_steps": 0}  # in all, and in a row
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -462,9 +475,9 @@ def main(argv: list[str]) -> int:
         begun = 0 if checkpoint else -1  # without a checkpoint even step 0 is done again
         resumed_step = state["step"] + begun if config.resume_from_checkpoint else None
         name = config.run_name or output_dir.name
+        log = RunFolder(output_dir, config, resumed_step, config.report_to, name)
         for path in set_aside_later(output_dir, resumed_step) if checkpoint else []:
             progress.say(f"set aside {path}")
-        log = RunFolder(output_dir, config, resumed_step, config.report_to, name)
     stop_signal = StopSignal()
     first = next((row for row in train if row.images), train[0])
     answer = processor.tokenizer(perfect(first.solution), add_special_tokens=False)["input_ids"]
@@ -483,7 +496,7 @@ def main(argv: list[str]) -> int:
             log.write({"step": 0, **state["before"]}, [], None, True)
             log.write_answers(0, records, files)
     progress.start(steps, state["step"])
-    ending, held_out, bad_steps = None, {}, 0  # ending: exit code and why the run ends early
+    ending = None  # exit code and why the run ends early
 
     for step in range(state["step"] + 1, steps + 1):
         started, phase = time.perf_counter(), Phases(ranks, step, config.tokens_per_pack)
@@ -491,7 +504,7 @@ def main(argv: list[str]) -> int:
         # 1. Sample G completions of each prompt, and 2. reward them: a record per completion, a row
         # of records per prompt. With --dynamic_sampling prompts whose group teaches nothing are
         # replaced by the next ones, for a few rounds; what was found is kept.
-        groups, places, records, spent = [], [], [], 0
+        groups, places, records, spent, new_tokens = [], [], [], 0, 0
         for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
             rows = stream.next(config.prompts_per_step - len(records))
             dealt = ranks.mine(list(enumerate(rows, start=spent)))
@@ -515,6 +528,7 @@ def main(argv: list[str]) -> int:
             spent += len(rows)
             if fault := find_fault(record for row in judged for record in row):
                 break
+            new_tokens += sum(record["tokens"] for row in judged for record in row)
             for index, row in enumerate(judged):
                 if config.dynamic_sampling and len({record["reward"] for record in row}) == 1:
                     continue
@@ -550,8 +564,8 @@ def main(argv: list[str]) -> int:
             groups, places = [groups[i] for i in alive], [places[i] for i in alive]
         # Every rank scores as many packs as the one that has most: they gather layers together.
         packs = make_packs(groups, config.tokens_per_pack)
-        load = ranks.gather([sum(len(pack.input_ids) for pack in packs)])
-        packs += [filler()] * (int(ranks.most(len(packs))) - len(packs))
+        rank_tokens = ranks.gather([sum(len(pack.input_ids) for pack in packs)])
+        packs += [filler()] * (ranks.most(len(packs)) - len(packs))
         largest = max((len(pack.input_ids) for pack in packs), default=0)
         ref_logps = old_logps = [None] * len(packs)
         with phase("reference", largest), torch.no_grad():
@@ -598,7 +612,7 @@ def main(argv: list[str]) -> int:
                                 largest_kl, token = per_token_kl(*estimate).max(0)
                                 token_kl.append((largest_kl, pack, part.start + token))
             with phase("optimizer"):
-                drifted = max(ranks.gather([float(max(drift))]))
+                drifted = ranks.most(float(max(drift)))
                 if iteration == 0 and state["step"] == 0:
                     check_first_ratio(drifted, dtype, config.temperature)
                 grad_norm = math.nan
@@ -613,26 +627,30 @@ def main(argv: list[str]) -> int:
 
         # A step without an update is told with what it was made of; so is a token far from the
         # reference.
-        bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
-        if bad_steps:
+        state["bad_steps"] = 0 if math.isfinite(grad_norm) else state["bad_steps"] + 1
+        if state["bad_steps"]:
             state["skipped"] += 1
-            text = f"step {step} was skipped: its loss or gradient is not finite"
+            done = f"cut short after {iteration} of its updates" if iteration else "skipped"
+            text = f"step {step} was {done}: its loss or gradient is not finite"
             if log:
                 problems = [train[row[0]["row"]].problem for row in records]
                 text += f" (see {log.write_bad_step(step, records, problems)})"
             progress.say(text)
-        if bad_steps == config.max_bad_steps:
+        if state["bad_steps"] == config.max_bad_steps:
             advice = "lower --learning_rate, or start from an earlier checkpoint"
-            ending = (DIVERGED, f"stopped: {bad_steps} steps in a row were skipped: {advice}")
-        alarms = [
-            (float(value), int(token), *(places[g], m), processor.decode(pack.targets[token, None]))
-            for value, pack, token in token_kl
-            for g, m in [pack.completion_at(int(token))]
-        ]
-        alarms = ranks.gather([max(alarms, key=lambda a: a[0], default=None)])
-        kl_max, token, place, member, text = max(
-            (a for a in alarms if a is not None), default=(0.0, 0, 0, 0, "")
-        )
+            ending = (
+                DIVERGED,
+                f"stopped: {config.max_bad_steps} steps in a row were skipped: {advice}",
+            )
+            state["bad_steps"] = 0
+        far = None
+        if token_kl:
+            value, pack, token = max(token_kl, key=lambda found: float(found[0]))
+            group, member = pack.completion_at(int(token))
+            text = processor.decode(pack.targets[token, None])
+            far = (float(value), places[group], member, text)
+        far = [found for found in ranks.gather([far]) if found is not None]
+        kl_max, place, member, text = max(far, default=(0.0, 0, 0, ""))
         if config.kl_alarm is not None and kl_max > config.kl_alarm:
             completion = records[place][member]["completion"]
             progress.say(f"KL alarm: {kl_max:.3g} nats at the token {text!r} of {completion!r}")
@@ -641,8 +659,10 @@ def main(argv: list[str]) -> int:
         sums = ranks.sum({name: float(total) for name, total in sums.items()})
         scored = sums.pop("tokens")
         means = {name: total / max(scored, 1) for name, total in sums.items()}
-        metrics = {"step": step, "epoch": step * config.prompts_per_step / len(train)}
-        metrics |= rollout_metrics(records, state["num_tokens"])
+        state |= {"step": step, "num_tokens": state["num_tokens"] + new_tokens}
+        state |= {"stream": stream.state()}
+        metrics = {"step": step, "epoch": stream.epoch + stream.position / len(train)}
+        metrics |= {"num_tokens": state["num_tokens"], **rollout_metrics(records)}
         metrics |= {"loss": sums["loss"] / config.num_iterations}
         metrics |= {"kl": means["kl"], "kl_max": kl_max} if reference is not None else {}
         if scored:
@@ -658,19 +678,18 @@ def main(argv: list[str]) -> int:
             "skipped_steps": state["skipped"],
         }
         if ranks.world > 1:  # 1 is even; the number of ranks is one rank with all the work
-            metrics |= {"ranks/load_imbalance": max(load) * len(load) / max(sum(load), 1)}
+            metrics |= {
+                "ranks/load_imbalance": max(rank_tokens) * ranks.world / max(sum(rank_tokens), 1)
+            }
         if config.dynamic_sampling:
             metrics |= {"sampling/prompts": spent, "sampling/prompts_kept": len(records)}
-        extremes = (sum(min(w, 0) for w in reward_weights), sum(max(w, 0) for w in reward_weights))
+        extremes = (sum(min(w, 0) for w in numbers), sum(max(w, 0) for w in numbers))
         metrics |= step_metrics(records, *extremes, PARSE_FAILURES)
         found = watch.update(step, records, *extremes)
         evidence = hints(records, train, config, task) if found else []
         findings = watch.explain(found, records, evidence)
         metrics |= dict.fromkeys(findings, 1)
-        state |= {"step": step, "num_tokens": metrics["num_tokens"]}
-        state |= {"stream": stream.state(), "watch": watch.state()}
-        if ranks.any(stop_signal.asked) and step < steps:
-            ending = ending or (INTERRUPTED, "interrupted")
+        state["watch"] = watch.state()
         held_out, answered, files = {}, [], {}
         due = config.eval_steps and step % config.eval_steps == 0
         if test and not ending and (due or step == steps):
@@ -680,6 +699,8 @@ def main(argv: list[str]) -> int:
                     ending, answered = (USER_ERROR, fault), []
                 else:
                     held_out, files = evaluate(answered, test, config, task)
+        if ranks.any(stop_signal.asked) and step < steps:
+            ending = ending or (INTERRUPTED, "interrupted")
         metrics |= {**held_out, "step_time": time.perf_counter() - started, **phase.metrics}
         as_line = step % config.logging_steps == 0 or step == steps
         progress.step(metrics, f"rewards/{terms[0]}/mean", as_line)
@@ -689,7 +710,7 @@ def main(argv: list[str]) -> int:
             log.write(metrics, records, advantages, as_line)
             log.write_answers(step, answered, files)
             log.write_findings(step, findings)
-        state["held_out"] = held_out.get(f"eval/{terms[0]}")
+        state |= {"after": held_out, "held_out": held_out.get(f"eval/{terms[0]}")}
         if config.save_steps and step % config.save_steps == 0:
             with phase("saving"):
                 check_reference(reference, facts, ranks)
@@ -701,18 +722,27 @@ def main(argv: list[str]) -> int:
     check_reference(reference, facts, ranks)
     if ending:
         code, why = ending
+        progress.say(why)
         if state["step"]:
-            save(log, output_dir, folder, policy, optimizer, state, ranks, config)
+            with phase("saving"):
+                save(log, output_dir, folder, policy, optimizer, state, ranks, config)
         progress.say(
-            f"{why}\nended after step {state['step']} of {steps}; continue with "
+            f"ended after step {state['step']} of {steps}; continue with "
             f"--output_dir {output_dir} --resume_from_checkpoint auto"
         )
     else:
         code = 0
-        ranks.enter("saving final/")
-        save_final(output_dir, folder, policy, optimizer, ranks, dtype)
+        if test and not state["after"]:  # a fault in a reward had ended it
+            records = answers(sampler, test, processor, judging, greedy, ranks)
+            if fault := find_fault(records):
+                raise ValueError(fault)
+            state["after"], files = evaluate(records, test, config, task)
+            if log:
+                log.write_answers(steps, records, files)
+        with phase("saving"):
+            save_final(output_dir, folder, policy, optimizer, ranks, dtype)
         if test:
-            progress.say(comparison(state["before"], held_out))
+            progress.say(comparison(state["before"], state["after"]))
         progress.say(f"trained   {output_dir / 'final'}")
     if log:
         log.close()

@@ -54,9 +54,9 @@ def save_checkpoint(
     weights = {name: weight.float() for name, weight in _weights(model, optimizer).items()}
     tensors = {partial: weights, partial / "optimizer": optimizer.moments()}
     _write_whole(folder, partial, tensors, write_state, ranks)
-    if ranks.is_main and save_total_limit:
-        _remove_old(output_dir, save_total_limit)
-    ranks.wait()
+    problem = _attempt(lambda: _remove_old(output_dir, save_total_limit), ranks, ranks.is_main)
+    if problem:
+        raise ValueError(f"{folder} is saved, but older ones could not be removed: {problem}")
     return folder
 
 
@@ -148,19 +148,23 @@ def _flush(folder: Path, deep: bool = True) -> None:
             os.close(handle)
 
 
-def _remove_old(output_dir: Path, limit: int) -> None:
+def _remove_old(output_dir: Path, limit: int | None) -> None:
+    """All but the newest `limit` and the best, and what a kill left behind."""
     found = checkpoints(output_dir)
-    scores = {}
-    for folder in found:
-        score = json.loads((folder / "state.json").read_text()).get("held_out")
-        if score is not None:
-            scores[folder] = score
+    scores = {folder: score for folder in found if (score := _held_out(folder)) is not None}
     best = max(reversed(scores), key=scores.get, default=None)  # the newest of equals
-    for old in found[:-limit]:
+    for old in found[:-limit] if limit else []:
         if old != best:  # renamed first: half a checkpoint must not look like one
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
-    for left in output_dir.glob(".checkpoint-*"):  # by a kill
+    for left in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(left)
+
+
+def _held_out(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / "state.json").read_text()).get("held_out")
+    except (ValueError, AttributeError):  # damaged: it cannot be the best
+        return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -187,17 +191,26 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
     """The folder that `--resume_from_checkpoint` names; "auto" is the newest of the run, or None
     where the run was stopped before its first.
 
-    Raises ValueError where it cannot be resumed from.
+    Raises ValueError where it cannot be resumed from, or not into this output_dir.
     """
     if wanted == "auto":
         found = checkpoints(output_dir)
+        if not found and (output_dir / "final").exists():
+            raise ValueError(f"{output_dir} holds a run that has ended and kept no checkpoint")
         return found[-1] if found else None
     folder = Path(wanted)
+    if (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted} is a run folder: name one of its checkpoints, or "
+            f"--output_dir {wanted} --resume_from_checkpoint auto"
+        )
     if not (folder / "state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {wanted}: no state.json there, so it is not a checkpoint of "
             f"a run; to start from its weights use --model_name_or_path"
         )
+    if folder.resolve().parent != output_dir.resolve() and (output_dir / "metrics.jsonl").exists():
+        raise ValueError(f"--output_dir {output_dir} holds another run than {folder} belongs to")
     return folder
 
 
@@ -205,7 +218,7 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
 HARMLESS = {
     "output_dir", "run_name", "report_to", "max_steps", "num_train_epochs", "tokens_per_pack",
     "gradient_checkpointing", "attn_implementation", "logging_steps", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "eval_steps", "eval_samples", "dry_run",
+    "save_total_limit", "resume_from_checkpoint", "eval_steps", "dry_run",
     "shard_size", "reshard_after_forward", "cpu_offload", "timeout", "max_bad_steps", "kl_alarm",
 }  # fmt: skip
 
@@ -220,8 +233,14 @@ def read_state(folder: Path, config: dict, steps: int, facts: dict) -> dict:
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        saved, needed = state["config"], {"step", "steps", "num_tokens", "stream", "before"}
-        if missing := (needed | {"watch", "skipped", "updates", "facts"}) - state.keys():
+        saved, needed = (
+            state["config"],
+            {"step", "steps", "num_tokens", "stream", "before", "after"},
+        )
+        if (
+            missing := (needed | {"watch", "skipped", "bad_steps", "updates", "facts"})
+            - state.keys()
+        ):
             raise KeyError(*missing)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
@@ -234,7 +253,8 @@ def read_state(folder: Path, config: dict, steps: int, facts: dict) -> dict:
         raise ValueError(
             f"{folder} belongs to a run with other settings:\n  " + "\n  ".join(changed)
         )
-    if state["step"] >= steps:
+    ended = (folder.parent / "final").exists()  # else what is left is to write it
+    if state["step"] > steps or (state["step"] == steps and ended):
         raise ValueError(f"the run is at its end, step {state['step']}: raise --max_steps to go on")
     if steps < state["steps"]:
         raise ValueError(

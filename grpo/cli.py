@@ -318,7 +318,9 @@ def _check(config, fields: dict) -> None:
         "warmup_ratio": 0,
     }
     for f in fields.values():
-        value = getattr(config, f.name)
+        value, (low, high) = getattr(config, f.name), f.metadata.get("between", (None, None))
+        if low is not None and not low <= value < high:
+            raise ValueError(f"--{f.name} is {value}; it must be at least {low} and below {high}")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"--{f.name} is {number}; it must be finite")
@@ -338,6 +340,8 @@ def _check(config, fields: dict) -> None:
     for name in ("top_p", "warmup_ratio"):
         if getattr(config, name) > 1:
             raise ValueError(f"--{name} is {getattr(config, name)}; it must be at most 1")
+    if config.kl_alarm is not None and config.beta == 0:
+        raise ValueError("--kl_alarm is about the reference, and --beta 0 has none")
     if config.resume_from_checkpoint == "auto" and config.output_dir is None:
         raise ValueError("--resume_from_checkpoint auto needs --output_dir, the run folder")
     for name in ("model_name_or_path", "dataset_name"):
@@ -370,7 +374,8 @@ def run(main: Callable[[list[str]], int]) -> None:
         if ranks:
             ranks.leave(str(error).splitlines()[0])
         if isinstance(error, FloatingPointError):
-            print(f"stopped: {error}", file=sys.stderr, flush=True)
+            advice = "go on from an earlier checkpoint with --resume_from_checkpoint checkpoint-N"
+            print(f"stopped: {error}: {advice}", file=sys.stderr, flush=True)
             code = DIVERGED
         elif _meant_for_users(error) and not os.environ.get("GRPO_TRACEBACK"):
             main_says = ranks and ranks.said_by_main(str(error).splitlines()[0])
@@ -422,6 +427,8 @@ class StopSignal:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
+            if os.environ.get("RANK", "0") == "0":  # print() is not for signal handlers
+                os.write(2, b"\nstopping after the step at hand; a second signal leaves at once\n")
         elif now - self.asked_at > 2:
             os._exit(INTERRUPTED)
 

@@ -2,7 +2,7 @@
 
 Prompts are dealt to ranks; gradients are summed over them, never averaged: token weights already
 count the whole step. One rank holds a plain model. Several share one: `place` shards parameters,
-gradients and moments, and `gather_weights` fills a whole copy for sampling once per update, so that
+gradients and moments, and `gather_weights` fills a whole copy for sampling once per step, so that
 ranks may decode for as long as they like. All ranks make the same collective calls because each
 scores the same number of packs (`Ranks.most`, grpo/rollout.py's `filler`) and every pass runs every
 layer (models/qwen_vl.py's `always_encodes`).
@@ -78,7 +78,7 @@ class Ranks:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
-    def most(self, count: float) -> float:
+    def most(self, count):
         """The largest `count` of any rank."""
         return max(self.gather([count]))
 

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grpo.checkpoint import checkpoints
 from grpo.dist import Ranks
 
 
@@ -32,38 +34,45 @@ def check_output(path: Path, resuming: bool, report_to: str) -> None:
     It cannot where it is not writable, where it holds a run that is not resumed, or where the
     package that --report_to names is missing.
     """
-    if (path / "metrics.jsonl").exists() and not resuming:
+    if not resuming:
+        _check_free(path)
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:  # os.access would say yes to root on a read-only disk
+        tempfile.TemporaryFile(dir=parent).close()
+        _locked(path)
+    except OSError as error:
+        raise ValueError(f"--output_dir {path}: {parent} cannot be written: {error}") from error
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"--report_to {report_to}: pip install {report_to}")
+
+
+def _check_free(path: Path) -> None:
+    if (path / "metrics.jsonl").exists() or checkpoints(path):
         raise ValueError(
             f"--output_dir {path} already holds a run: continue it with "
             f"--resume_from_checkpoint auto, or name another folder"
         )
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    try:  # os.access would say yes to root on a read-only disk
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ValueError(f"--output_dir {path}: {parent} cannot be written: {error}") from error
-    if resuming:
-        _locked(path)
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise ValueError(f"--report_to {report_to}: pip install {report_to}")
 
 
 def _locked(path: Path):
     """A file that this process alone holds while it lives, or None before the folder is there.
 
-    Raises ValueError where another process holds it.
+    Raises ValueError where another process holds it, OSError where it cannot be opened.
     """
     if not path.is_dir():
         return None
     file = (path / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         raise ValueError(
             f"--output_dir {path}: another run is writing there ({file.read().strip()}); wait for "
             f"its end, or name another folder"
         ) from error
+    except OSError as error:  # a file system without locks
+        text = f"{path}: {error.strerror}: a second run in this folder would not be noticed"
+        print(text, file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -83,6 +92,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
+            if resumed_step is None:  # another may have run since `check_output`
+                _check_free(path)
+            self._write_config(config)  # first: what has metrics can be resumed
             for file in (metrics, path / "completions.jsonl"):
                 if resumed_step is not None and file.exists():
                     _drop_after(file, resumed_step)
@@ -92,7 +104,6 @@ class RunFolder:
             self._completions = (path / "completions.jsonl").open("a")
         except OSError as error:
             raise ValueError(f"--output_dir {path}: {error.strerror}") from error
-        self._write_config(config)
         self._tracker = _tracker(report_to, path, name, dataclasses.asdict(config))
 
     def _write_config(self, config) -> None:
@@ -101,7 +112,12 @@ class RunFolder:
         once = ("resume_from_checkpoint", "dry_run")
         values = dataclasses.asdict(config).items()
         values = {k: v for k, v in values if v is not None and k not in once}
-        (self.path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        partial = self.path / ".config.yaml"
+        with partial.open("w") as file:
+            yaml.safe_dump(values, file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / "config.yaml")
 
     def write(
         self,
@@ -247,7 +263,10 @@ def _tracker(report_to: str, path: Path, name: str, config: dict):
 
 
 # What to lower where memory runs out.
-SHARE = "the model's share of a rank: more ranks, a smaller model, or --cpu_offload"
+SHARE = (
+    "the model's share of a rank: more ranks, --freeze_vision, --beta 0 (no reference), a smaller "
+    "model, or with several GPUs --cpu_offload"
+)
 LOWER = {
     "loading": SHARE,
     "rollout": "--prompts_per_step, --num_generations, --max_completion_length or --max_pixels",
@@ -310,11 +329,11 @@ def resident_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def rollout_metrics(records: list[list[dict]], num_tokens: int) -> dict[str, float]:
+def rollout_metrics(records: list[list[dict]]) -> dict[str, float]:
     """What one step's completions say, under TRL's names.
 
     records: a row of G per prompt, over all ranks, each with "reward", "rewards", "tokens" and
-    "truncated". num_tokens: completion tokens of all steps before.
+    "truncated".
     """
 
     def table(value) -> Tensor:
@@ -323,7 +342,6 @@ def rollout_metrics(records: list[list[dict]], num_tokens: int) -> dict[str, flo
     rewards = table(lambda r: r["reward"])
     lengths = table(lambda r: r["tokens"])
     metrics = {
-        "num_tokens": num_tokens + int(lengths.sum()),
         "completions/mean_length": lengths.mean().item(),
         "completions/clipped_ratio": table(lambda r: r["truncated"]).mean().item(),
         "reward": rewards.mean().item(),

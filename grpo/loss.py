@@ -11,7 +11,7 @@ accumulated or spread over ranks cannot change its gradient. Nothing here forms 
 
 import math
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,19 +22,23 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 SCALE_REWARDS = ("group", "batch", "none")
 
 
-def weighted_reward(terms: Mapping[str, float], weights: Sequence[float]) -> float:
-    """sum_i weights[i] x terms[i], the reward of one completion.
+def weighted_reward(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """sum of weights[name] x terms[name], the reward of one completion.
 
-    Raises ValueError where terms are no mapping to as many finite numbers as there are weights.
+    Raises ValueError where terms are no mapping from the names of the weights to finite numbers, or
+    their sum is not finite.
     """
     if not isinstance(terms, Mapping):
         raise ValueError(f"score() returned {terms!r:.200}, not a dict of rewards")
     for name, value in terms.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"the reward {name!r} is {value!r:.200}, not a finite number")
-    if len(terms) != len(weights):
-        raise ValueError(f"score() returned {list(terms)}, where {len(weights)} rewards are known")
-    return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True))
+            raise ValueError(f"the reward {name!r} is {value!r:.200}, not a finite float or int")
+    if terms.keys() != weights.keys():
+        raise ValueError(f"score() returned {list(terms)}, where {list(weights)} are the rewards")
+    total = sum(weight * terms[name] for name, weight in weights.items())
+    if not math.isfinite(total):
+        raise ValueError(f"the weighted sum of {dict(terms)} is {total}")
+    return total
 
 
 def reward_fault(error: Exception, row: int, completion: str) -> dict[str, str]:

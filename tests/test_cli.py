@@ -76,6 +76,7 @@ def test_booleans(argv, expected):
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["--kl_alarm", "1", "--beta", "0"], "--kl_alarm is about the reference"),
         (["--betta", "1"], "unknown flag --betta: did you mean --beta"),
         (["--max-steps=5"], "write --max_steps"),
         (["--per_device_train_batch_size", "8"], "--prompts_per_step"),
@@ -159,7 +160,7 @@ run(main)
         ("import json; json.loads('{')", 1, "JSONDecodeError", True),
         ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
         ("1 / 0", 1, "ZeroDivisionError", True),
-        ("from grpo.log import rollout_metrics; rollout_metrics([['ab']], 0)", 1, "Error", True),
+        ("from grpo.log import rollout_metrics; rollout_metrics([['ab']])", 1, "Error", True),
         ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
     ],
 )

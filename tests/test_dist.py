@@ -148,9 +148,9 @@ def fail_to_write(limit: int, call) -> None:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize("limit", [1000, 300_000])
+@pytest.mark.parametrize("limit", [1000, 300_000, 600_000])
 def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
-    """The weights do not fit, or they do and the larger file that joins the parts does not."""
+    """Neither weights (0.4 MB) nor moments (0.8 MB) fit, or the moments alone do not."""
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = dist.Optimizer(model, 0.0)
     save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1}, ALONE, 1)
@@ -185,5 +185,16 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, mo
             save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
     assert checkpoint.find_checkpoint("auto", tmp_path).name == "checkpoint-1"
     resume(tmp_path / "checkpoint-1", optimizer, 0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_leftovers_go_with_the_next_save_and_a_damaged_one_is_not_the_best(tmp_path):
+    model = tiny_model(tiny_config(), torch.float32)
+    optimizer = dist.Optimizer(model, 0.0)
+    (tmp_path / ".checkpoint-7.partial").mkdir()
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1, "held_out": 1.0}, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    (tmp_path / "checkpoint-1" / "state.json").write_text("[")
     save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -4,6 +4,7 @@ docs/reliability.md lists them; faults of ranks are in tests/test_ranks.py, of s
 tests/test_dist.py.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 import train_cls
 from benchmarks.soak import soak
-from grpo import cli, dist
+from grpo import cli, dist, log
 from grpo.cli import StopSignal
 from grpo.preflight import check_gradients
 from models.qwen_vl import QwenVL
@@ -34,6 +36,7 @@ from tests.test_scripts import (  # noqa: F401
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 LONGER = [*SHORT, "--max_steps", "3"]
+MODEL_AND_DATA = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
 EVALUATED = 6  # held-out rows of SHORT, judged before the first step
 
 
@@ -45,7 +48,8 @@ REWARDS = {
     "raises": (raises, "KeyError: 'no such class' (test_faults.py, line"),
     "None": (lambda *_: None, "score() returned None, not a dict of rewards"),
     "a list": (lambda *_: [1.0, 1.0], "score() returned [1.0, 1.0], not a dict"),
-    "one too few": (lambda *_: {"accuracy": 1.0}, "score() returned ['accuracy'], where 2"),
+    "one too few": (lambda *_: {"accuracy": 1.0}, "score() returned ['accuracy'], where ['acc"),
+    "another name": (lambda *_: {"accuracy": 1, "fmt": 1}, "score() returned ['accuracy', 'fmt']"),
     "NaN": (lambda *_: {"accuracy": float("nan"), "format": 1}, "'accuracy' is nan, not a finite"),
     "a tensor": (lambda *_: {"accuracy": torch.ones(1), "format": 1}, "'accuracy' is tensor(["),
 }
@@ -70,6 +74,22 @@ def test_a_reward_that_fails_is_named_and_the_run_is_kept(tmp_path, monkeypatch,
     assert "ended after step 1 of 3; continue with" in out
     resumed = train(run, "--resume_from_checkpoint", "auto")
     assert timeless(resumed) == timeless(train(tmp_path / "whole", *LONGER))
+
+
+@pytest.mark.parametrize("broken", [raises, lambda *_: None, lambda *_: {"accuracy": None}])
+def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
+    tmp_path, monkeypatch, broken
+):
+    monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(train_cls, "score", broken)
+    with pytest.raises(ValueError, match=r"Error: .*for row 0 and the completion:\n<think>"):
+        train(tmp_path / "run", *SHORT)
+
+
+def test_an_explanation_that_is_missing_is_a_fault_of_the_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cls, "explain", lambda *_: {"format": "none"})
+    with pytest.raises(ValueError, match=r"KeyError: 'accuracy' .*for row \d+ and the completion"):
+        train(tmp_path / "run", *SHORT)
 
 
 def nan_loss(in_steps: set[int], monkeypatch) -> None:
@@ -105,6 +125,97 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_out(tmp_path, monkeypa
     assert [w["completion"] for w in written] == [c["completion"] for c in sampled]
     assert all(w["problem"] for w in written)
     assert "step 2 was skipped" in capsys.readouterr().out
+
+
+def test_a_step_cut_short_after_its_first_update_says_so(tmp_path, monkeypatch, capsys):
+    run, step, steps = tmp_path / "run", dist.Optimizer.step, []
+
+    def second_fails(self, *arguments):
+        steps.append(1)
+        if len(steps) == 4:  # the second update of step 2
+            self.masters["model.norm.weight"].grad.fill_(float("inf"))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(dist.Optimizer, "step", second_fails)
+    train(run, *LONGER, "--save_steps", "1", "--num_iterations", "2")
+    assert "step 2 was cut short after 1 of its updates" in capsys.readouterr().out
+    updates = [
+        json.loads((run / f"checkpoint-{n}" / "state.json").read_text())["updates"]
+        for n in (1, 2, 3)
+    ]
+    assert updates == [2, 3, 5]
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
+    """Bad from step 2 on, stopped after step 3: the third in a row still ends the run."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        nan_loss({2, 3}, patch)
+        train(run, *LONGER, "--max_steps", "6", "--save_steps", "1")
+    shutil.rmtree(run / "final")
+    for step in (4, 5, 6):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    nan_loss({1, 2, 3}, monkeypatch)
+    argv = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
+    assert train_cls.main(argv) == cli.DIVERGED
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 4
+
+
+def test_a_model_whose_logits_are_not_numbers(tmp_path, monkeypatch, capsys):
+    """After step 1: no checkpoint of such a model is made, those before are kept."""
+    run, gather, calls = tmp_path / "run", dist.gather_weights, []
+
+    def broken(policy, whole):
+        calls.append(1)
+        gather(policy, whole)
+        if len(calls) == 3:  # at the start, after step 1, after step 2
+            with torch.no_grad():
+                whole.model.norm.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(dist, "gather_weights", broken)
+    argv = ["x", "--output_dir", str(run), *LONGER, "--save_steps", "1", "--save_total_limit", "2"]
+    monkeypatch.setattr(cli.sys, "argv", argv)
+    with pytest.raises(SystemExit, match=str(cli.DIVERGED)):
+        cli.run(train_cls.main)
+    assert (
+        "logits are not numbers: it has diverged: go on from an earlier" in capsys.readouterr().err
+    )
+    assert (run / "checkpoint-1").exists() and not (run / "checkpoint-3").exists()
+
+
+def test_a_run_that_lacks_only_its_end_can_be_finished(tmp_path, monkeypatch):
+    """Killed between the last checkpoint and final/; then there is nothing left to do."""
+    whole = train(tmp_path / "whole", *LONGER, "--save_steps", "3")
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", run)
+    shutil.rmtree(run / "final")
+    again = ["--resume_from_checkpoint", "auto"]
+    assert timeless(train(run, *again)) == timeless(whole)
+    for file in (tmp_path / "whole" / "final").iterdir():
+        assert (run / "final" / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(ValueError, match="at its end, step 3"):
+        train(run, *again)
+    shutil.rmtree(run / "checkpoint-3")
+    with pytest.raises(ValueError, match="a run that has ended and kept no checkpoint"):
+        train(run, *again)
+    assert timeless(read_lines(run / "metrics.jsonl")) == timeless(whole)
+
+
+def test_a_signal_in_a_step_that_is_evaluated_keeps_the_evaluation(tmp_path, monkeypatch):
+    options = [*LONGER, "--eval_steps", "1"]
+    run, loss, calls = tmp_path / "run", train_cls.policy_loss, []
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    monkeypatch.setattr(train_cls, "policy_loss", interrupting)
+    assert train_cls.main(["--output_dir", str(run), *options]) == cli.INTERRUPTED
+    resumed = train(run, "--resume_from_checkpoint", "auto")
+    assert timeless(resumed) == timeless(train(tmp_path / "whole", *options))
+    assert all("eval/accuracy" in line for line in resumed)
 
 
 def test_too_many_bad_steps_end_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -158,12 +269,27 @@ def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, funct
         train(tmp_path / "run", *SHORT, "--save_steps", "1")
 
 
-def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "config.yaml"])
+def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "completions.jsonl").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match=r"No space left on device while writing.*kept: free"):
-        train(run, *SHORT)
+    if name == "config.yaml":
+        run.mkdir()
+        (run / ".config.yaml").symlink_to("/dev/full")
+        with pytest.raises(ValueError, match="No space left on device"):
+            train(run, *SHORT)
+        return
+    train(run, *LONGER, "--save_steps", "1")
+    for left in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(run / left)
+    kept = (run / "checkpoint-1" / "model.safetensors").read_bytes()
+    full = run / name
+    with pytest.MonkeyPatch.context() as patch:  # resuming rewrites the file first
+        patch.setattr(log, "_drop_after", lambda *_: None)
+        full.unlink()
+        full.symlink_to("/dev/full")
+        with pytest.raises(ValueError, match=r"No space left on device while writing.*kept: free"):
+            train(run, "--resume_from_checkpoint", "auto")
+    assert (run / "checkpoint-1" / "model.safetensors").read_bytes() == kept
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
@@ -219,11 +345,42 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path)
         with pytest.raises(ValueError, match=f"checkpoint-2/{name}: {said}"):
             train(run, "--resume_from_checkpoint", "auto")
         file.write_bytes(kept)
-    for file, rest in (("metrics.jsonl", "3\n"), ("completions.jsonl", "\0\0\n")):
-        with (run / file).open("a") as lines:
-            lines.write(rest)
     resumed = train(run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
     assert timeless(resumed) == timeless(whole)
+
+
+def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
+    for cut in ('{"step": 2, "rew', '{"step": 2}', "3\n", "\0\0\n", "{}\n"):
+        file = tmp_path / "metrics.jsonl"
+        file.write_text('{"step": 0}\n{"step": 1}\n' + cut)
+        log._drop_after(file, 2)
+        assert file.read_text() == '{"step": 0}\n{"step": 1}\n', cut
+
+
+def test_a_folder_that_another_run_used_is_not_taken(tmp_path):
+    """By a checkpoint, though no metrics; and by a run while this one was loading."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, *SHORT, "--save_steps", "1")
+    train(two, *SHORT)
+    other = ["--resume_from_checkpoint", str(one / "checkpoint-1")]
+    with pytest.raises(ValueError, match="two holds another run than"):
+        train(two, *other)
+    with pytest.raises(ValueError, match="is a run folder: name one of its checkpoints"):
+        train(two, "--resume_from_checkpoint", str(one), *MODEL_AND_DATA)
+    (one / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="one already holds a run"):
+        train(one, *SHORT)
+    with pytest.raises(ValueError, match="two already holds a run"):
+        log.RunFolder(two, SimpleNamespace(), None, "none", "x")
+
+
+def test_a_file_system_without_locks_is_told_and_serves(tmp_path, monkeypatch, capsys):
+    def without(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(log.fcntl, "flock", without)
+    train(tmp_path / "run", *SHORT)
+    assert "a second run in this folder would not be noticed" in capsys.readouterr().err
 
 
 def test_a_resumed_run_must_be_the_same_run(tmp_path):
@@ -236,7 +393,13 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         train_cls.main([*again, "--max_steps", "2"])
     state = json.loads((run / "checkpoint-1" / "state.json").read_text())
     facts = state["facts"]
-    for name in ("the data set", "the reference model"):
+    for name in (
+        "the data set",
+        "the held-out rows",
+        "what is paid for",
+        "the precision",
+        "the reference model",
+    ):
         state["facts"] = facts | {name: "float32:0"}
         (run / "checkpoint-1" / "state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match=f"{name} is not what the run began with"):

@@ -202,12 +202,24 @@ def test_bad_rewards_are_refused():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1", [1.0]])
 def test_a_reward_that_is_no_number_names_itself(bad):
-    with pytest.raises(ValueError, match=r"'format' is .*, not a finite number"):
-        weighted_reward({"accuracy": 1.0, "format": bad}, [1, 1])
-    assert weighted_reward({"accuracy": 1.0, "format": 0.5}, [2, 0.5]) == 2.25
-    for wrong, said in ((None, "None, not a dict"), ([1.0], "not a dict"), ({"a": 1}, "2 rewards")):
+    weights = {"accuracy": 1.0, "format": 1.0}
+    with pytest.raises(ValueError, match=r"'format' is .*, not a finite float or int"):
+        weighted_reward({"accuracy": 1.0, "format": bad}, weights)
+    for wrong, said in (
+        (None, "None, not a dict"),
+        ([1.0], "not a dict"),
+        ({"accuracy": 1}, r"returned \['accuracy'\], where \['accuracy', 'format'\]"),
+        ({"accuracy": 1, "fmt": 1}, r"returned \['accuracy', 'fmt'\]"),
+        ({"accuracy": 1.7e308, "format": 1.7e308}, "sum of .* is inf"),
+    ):
         with pytest.raises(ValueError, match=said):
-            weighted_reward(wrong, [1, 1])
+            weighted_reward(wrong, weights)
+
+
+def test_rewards_find_their_weights_by_name():
+    weights = {"accuracy": 2.0, "format": 0.5}
+    assert weighted_reward({"accuracy": 1.0, "format": 0.5}, weights) == 2.25
+    assert weighted_reward({"format": 0.5, "accuracy": 1.0}, weights) == 2.25
 
 
 def test_unknown_names_are_refused():
