@@ -123,7 +123,9 @@ class TrainingConfig:
     )
 
     logging_steps: int = flag(1, "print and report every so many steps (metrics.jsonl has all)")
-    save_steps: int = flag(100, "write checkpoint-N every so many steps; 0 only when interrupted")
+    save_steps: int = flag(
+        100, "write checkpoint-N every so many steps; 0 only where a run ends early"
+    )
     save_total_limit: int | None = flag(
         None, "keep the newest N checkpoints and the best by evaluation"
     )

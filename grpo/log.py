@@ -104,7 +104,7 @@ class RunFolder:
             self._completions = (path / "completions.jsonl").open("a")
         except OSError as error:
             raise ValueError(f"--output_dir {path}: {error.strerror}") from error
-        self._tracker = _tracker(report_to, path, name, dataclasses.asdict(config))
+        self._tracker = _tracker(report_to, path, name, dataclasses.asdict(config), resumed_step)
 
     def _write_config(self, config) -> None:
         import yaml
@@ -232,12 +232,13 @@ def _drop_findings_after(file: Path, step: int) -> None:
     file.write_text("".join(kept))
 
 
-def _tracker(report_to: str, path: Path, name: str, config: dict):
-    """f(metrics) that sends them on; f(None) ends it."""
+def _tracker(report_to: str, path: Path, name: str, config: dict, resumed_step: int | None):
+    """f(metrics) that sends them on; f(None) ends it. A resumed run goes on in what it began."""
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(path / "tensorboard" / name))
+        again = None if resumed_step is None else resumed_step + 1  # what came later is hidden
+        writer = SummaryWriter(str(path / "tensorboard" / name), purge_step=again)
 
         def tensorboard(metrics: dict | None) -> None:
             if metrics is None:
@@ -250,7 +251,10 @@ def _tracker(report_to: str, path: Path, name: str, config: dict):
     if report_to == "wandb":
         import wandb
 
-        run = wandb.init(name=name, dir=str(path), config=config)
+        file = path / "wandb_id"
+        known = file.read_text() if resumed_step is not None and file.exists() else None
+        run = wandb.init(name=name, dir=str(path), config=config, id=known, resume="allow")
+        file.write_text(run.id)
 
         def weights_and_biases(metrics: dict | None) -> None:
             if metrics is None:

@@ -337,18 +337,29 @@ def test_wandb_is_told_every_reported_step(tmp_path, monkeypatch):
     """With a stand-in for the package, which needs a server or an account."""
     told = []
     run = types.SimpleNamespace(
-        log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end")
+        log=lambda metrics, step: told.append((step, metrics)),
+        finish=lambda: told.append("end"),
+        id="r1",
     )
     fake = types.ModuleType("wandb")
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    fake.init = lambda name, dir, config: told.append((name, dir, config["seed"])) or run
+
+    def init(name, dir, config, id, resume):
+        told.append((name, dir, config["seed"], id))
+        return run
+
+    fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     options = ["--run_name", "poppy", "--logging_steps", "1"]
     lines = train(tmp_path / "run", *SHORT, "--report_to", "wandb", *options)
-    assert told[0] == ("poppy", str(tmp_path / "run"), 0) and told[-1] == "end"
+    assert told[0] == ("poppy", str(tmp_path / "run"), 0, None) and told[-1] == "end"
     assert [step for step, _ in told[1:-1]] == [0, 1, 2]
     for (_, metrics), line in zip(told[1:-1], lines, strict=True):
         assert metrics == {name: value for name, value in line.items() if name != "step"}
+    del told[:]
+    shutil.rmtree(tmp_path / "run" / "final")
+    train(tmp_path / "run", "--resume_from_checkpoint", "auto", "--max_steps", "3")
+    assert told[0][3] == "r1"  # goes on in the same run
 
 
 def test_two_updates_move_the_ratio(tmp_path):
