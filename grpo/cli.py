@@ -123,9 +123,7 @@ class TrainingConfig:
     )
 
     logging_steps: int = flag(1, "print and report every so many steps (metrics.jsonl has all)")
-    save_steps: int = flag(
-        100, "write checkpoint-N every so many steps; 0 only where a run ends early"
-    )
+    save_steps: int = flag(100, "write checkpoint-N every so many steps; 0: only on an early end")
     save_total_limit: int | None = flag(
         None, "keep the newest N checkpoints and the best by evaluation"
     )
