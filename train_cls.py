@@ -5,7 +5,6 @@ held-out evaluation, and the loop itself. Without a model and a data set it trai
 demo. `--help` lists every flag; docs/metrics.md defines every number that is logged.
 """
 
-import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ import torch
 from data.check import Fault, check_images, check_rows, refuse, refuse_other_task
 from data.images import open_image
 from data.stream import PromptStream
-from data.virft import load, splits
+from data.virft import fingerprint, load, splits
 from grpo import dist
 from grpo.checkpoint import (
     find_checkpoint,
@@ -202,14 +201,6 @@ def checked(config: Config, split: str, processor: Processor, argv: list[str]):
     return examples, lengths, task
 
 
-def fingerprint(examples) -> str:
-    """The same for the same problems, solutions and images, in the same order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        digest.update(repr((example.problem, example.solution, example.keys)).encode())
-    return digest.hexdigest()
-
-
 def encode(examples: list, processor: Processor) -> list:
     """Rows as prompts for the model."""
     return [
@@ -314,7 +305,7 @@ def main(argv: list[str]) -> int:
     facts = {
         "the data set": fingerprint(train),
         "the held-out rows": fingerprint(test),
-        "what is paid for": hashlib.blake2b(repr(task).encode(), digest_size=8).hexdigest(),
+        "what is paid for": repr(task),
         "the precision": str(dtype),
     }
     if reference is not None:

@@ -5,6 +5,7 @@ a folder of them) with image paths relative to it, a hub name, or an embedded de
 Reading finds what is wrong with the set as a whole; data/check.py looks at every row.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,6 +101,14 @@ def load(dataset_name: str, split: str) -> Sequence[Example]:
             f"A ViRFT data set has image (or images), problem and solution"
         )
     return rows
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """The same hexadecimal number for the same problems, solutions and images in the same order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(repr((example.problem, example.solution, example.keys)).encode())
+    return digest.hexdigest()
 
 
 def splits(dataset_name: str) -> list[str]:

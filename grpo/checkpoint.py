@@ -233,14 +233,9 @@ def read_state(folder: Path, config: dict, steps: int, facts: dict) -> dict:
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        saved, needed = (
-            state["config"],
-            {"step", "steps", "num_tokens", "stream", "before", "after"},
-        )
-        if (
-            missing := (needed | {"watch", "skipped", "bad_steps", "updates", "facts"})
-            - state.keys()
-        ):
+        saved = state["config"]
+        needed = {"step", "steps", "num_tokens", "stream", "watch", "before", "after"}
+        if missing := (needed | {"skipped", "bad_steps", "updates", "facts"}) - state.keys():
             raise KeyError(*missing)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error

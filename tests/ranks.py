@@ -107,7 +107,7 @@ def rough(folder: str) -> None:
     true_loss, enter, checked = train_cls.policy_loss, dist.Ranks.enter, train_cls.checked
 
     def slowly(*arguments):
-        time.sleep(6.5 * int(os.environ["RANK"]))
+        time.sleep(8 * int(os.environ["RANK"]))
         return checked(*arguments)
 
     def broken(*arguments):

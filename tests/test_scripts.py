@@ -460,7 +460,7 @@ def test_a_solution_that_earns_less_than_everything_is_named(tmp_path):
 
 def test_task_free_stages_are_the_same_to_the_letter():
     """The loop stands in both scripts so that each can be read alone; it must not drift apart."""
-    for name in ("judge", "checked", "fingerprint", "encode", "answers", "main", "save"):
+    for name in ("judge", "checked", "encode", "answers", "main", "save"):
         one, two = (inspect.getsource(getattr(s, name)) for s in (train_cls, train_det))
         assert one == two, name
 
