@@ -22,7 +22,7 @@ import train_cls
 from benchmarks.soak import soak
 from grpo import cli, dist, log
 from grpo.cli import StopSignal
-from grpo.preflight import check_gradients
+from grpo.preflight import check_first_ratio, check_gradients
 from models.qwen_vl import QwenVL
 from tests.test_scripts import (  # noqa: F401
     CHECKPOINT,
@@ -277,6 +277,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
         (run / ".config.yaml").symlink_to("/dev/full")
         with pytest.raises(ValueError, match="No space left on device"):
             train(run, *SHORT)
+        assert not (run / "metrics.jsonl").exists(), "then it would be a run without its flags"
         return
     train(run, *LONGER, "--save_steps", "1")
     for left in ("checkpoint-2", "checkpoint-3"):
@@ -458,6 +459,12 @@ def test_the_first_update_must_have_ratio_one(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cls, "sample_groups", other)
     with pytest.raises(ValueError, match=r"differs by 0\.1 nats between sampling and training"):
         train(tmp_path / "run", *SHORT)
+
+
+def test_rounding_grows_as_the_temperature_falls():
+    check_first_ratio(0.03, torch.float32, 0.5)
+    with pytest.raises(ValueError, match="differs by 0.03 nats .* where 0.02 is rounding"):
+        check_first_ratio(0.03, torch.float32, 1.3)
 
 
 def test_a_reference_that_changes_is_found(tmp_path, monkeypatch):

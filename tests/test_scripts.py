@@ -736,6 +736,18 @@ def test_dynamic_sampling_keeps_groups_that_teach(tmp_path):
     assert all(line["frac_reward_zero_std"] == 0 for line in lines[1:])
     assert any(line["sampling/prompts"] > 2 for line in lines[1:]), "nothing replaced: blunt"
     assert all(line["sampling/prompts_kept"] == 2 for line in lines[1:])
+    kept = sum(c["tokens"] for c in read_lines(tmp_path / "run" / "completions.jsonl"))
+    assert lines[-1]["num_tokens"] > kept, "what was drawn and not kept counts too"
+    drawn = sum(line["sampling/prompts"] for line in lines[1:])
+    assert lines[-1]["epoch"] == pytest.approx(drawn / 480)
+
+
+def test_flags_that_could_do_nothing_are_refused(tmp_path):
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(detection_set(tmp_path))]
+    with pytest.raises(ValueError, match="--eval_steps: .* has no held-out split"):
+        train_det.main([*argv, "--eval_steps", "2"])
+    with pytest.raises(ValueError, match="--iou_threshold is 2.0; it must be .* below 1"):
+        train_det.main([*argv, "--iou_threshold", "2"])
 
 
 def test_a_frozen_vision_tower_encodes_each_image_once_and_stays(tmp_path, monkeypatch):
