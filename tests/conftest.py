@@ -1,0 +1,32 @@
+"""What every test shares: one cache of checked images, signal handlers put back, short runs."""
+
+import signal
+
+import pytest
+
+from tests.runs import SHORT, train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_cache(tmp_path_factory):
+    """Checked images are remembered from test to test, but not beyond."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """A run in this process listens to signals; the next test must not."""
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The run folder of SHORT, with no other flag: read it, never write in it."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(folder, *SHORT)
+    return folder
