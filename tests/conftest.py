@@ -4,6 +4,9 @@ import signal
 
 import pytest
 
+import grpo.threads  # noqa: F401  before torch: how its threads wait
+
+# isort: split
 from tests.runs import SHORT, train
 
 
