@@ -1,0 +1,84 @@
+"""Prompts dealt to ranks, and what comes back: grpo/rollout.py."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo.ranks import Ranks
+from grpo.reward import Record
+from grpo.rollout import Rollout, dealing_order
+
+
+def shares(lengths: list[int], world: int) -> list[list[int]]:
+    order = dealing_order(lengths, world)
+    return [order[rank::world] for rank in range(world)]
+
+
+def imbalance(lengths: list[int], shares: list[list[int]]) -> float:
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    return max(loads) * len(loads) / sum(loads)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 5, 16])
+def test_every_prompt_is_dealt_once_and_ranks_get_as_many_as_before(world, count):
+    lengths = [random.Random(i).randrange(1, 2000) for i in range(count)]
+    dealt = shares(lengths, world)
+    assert sorted(index for share in dealt for index in share) == list(range(count))
+    assert [len(share) for share in dealt] == [len(range(r, count, world)) for r in range(world)]
+
+
+@pytest.mark.parametrize("lengths", [[74] * 11, [70, 81, 66, 90, 77]])
+def test_prompts_of_about_one_length_stay_in_order(lengths):
+    assert dealing_order(lengths, 2) == list(range(len(lengths)))
+
+
+def test_the_load_of_mixed_lengths_is_more_even():
+    """Mean over 200 draws: max / mean of the ranks' tokens, dealt one by one and by length."""
+    chance, one_by_one, by_length = random.Random(0), 0.0, 0.0
+    for _ in range(200):
+        lengths = [chance.choice([100, 200, 300, 500, 900]) + 800 for _ in range(16)]
+        one_by_one += imbalance(lengths, [list(range(rank, 16, 8)) for rank in range(8)]) / 200
+        by_length += imbalance(lengths, shares(lengths, 8)) / 200
+    assert by_length - 1 < 0.6 * (one_by_one - 1)
+
+
+def record(row: int, reward: float) -> Record:
+    return Record(row, "", None, "", {"accuracy": reward}, {}, reward, row + 1, False)
+
+
+class Two(Ranks):
+    """One of two ranks whose `gather` is given the other's share."""
+
+    def gather(self, items):
+        self.share = items
+        return self.answer
+
+
+@pytest.mark.parametrize("lengths", [[74] * 4, [900, 100, 120, 950], [100, 900, 100]])
+def test_groups_and_records_meet_again_after_dealing(lengths):
+    rows = [SimpleNamespace(index=10 + i) for i in range(len(lengths))]
+    config = SimpleNamespace(
+        prompts_per_step=len(rows), dynamic_sampling=False, max_sampling_rounds=1
+    )
+    rollouts = [Rollout(Two(rank, 2, torch.device("cpu")), config) for rank in range(2)]
+    dealt = [rollout.deal(rows, lengths) for rollout in rollouts]
+    judged = [[[record(r.index, 0.0), record(r.index, 1.0)] for r in mine] for _, mine in dealt]
+    answer = [None] * len(rows)
+    for rank, share in enumerate(judged):
+        answer[rank::2] = share
+    for rollout, (numbers, mine), records in zip(rollouts, dealt, judged, strict=True):
+        assert [10 + number for number in numbers] == [row.index for row in mine]
+        rollout.ranks.answer = answer
+        rollout.add([f"group {row.index}" for row in mine], records)
+        assert not rollout.missing and rollout.rows == rows
+        assert [group[0].row for group in rollout.records] == [row.index for row in rows]
+        for group, place in zip(rollout.groups, rollout.places, strict=True):
+            assert group == f"group {rollout.records[place][0].row}"
+        table = torch.arange(len(rows) * 2).view(-1, 2)
+        (part,) = rollout.mine(table)
+        assert part.tolist() == [table[place].tolist() for place in rollout.places]
+    places = [place for rollout in rollouts for place in rollout.places]
+    assert sorted(places) == list(range(len(rows)))
