@@ -1,19 +1,24 @@
 """Flags, YAML and how a run ends."""
 
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields
 
 import pytest
+import yaml
 
-from grpo.cli import ELSEWHERE, StopSignal, TrainingConfig, parse_config
+from grpo.run.config import TrainingConfig
+from grpo.run.exits import StopSignal
+from grpo.run.flags import ELSEWHERE, parse_config
+from models.generate import Sampling
+from tests.runs import ROOT
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(*argv, demo=None):
@@ -49,6 +54,17 @@ def test_a_resumed_run_takes_its_own_settings(tmp_path):
     (tmp_path / "config.yaml").write_text("model_name_or_path: a\ndataset_name: b\nseed: 3\n")
     config, path = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto")
     assert path == tmp_path / "config.yaml" and config.seed == 3
+
+
+def test_auto_starts_the_demo_where_no_run_is_to_be_resumed(tmp_path):
+    demo = tmp_path / "demo.yaml"
+    demo.write_text("model_name_or_path: a\ndataset_name: b\nseed: 3\n")
+    auto = ["--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path / "run")]
+    config, path = parse(*auto, demo=demo)
+    assert path == demo and config.seed == 3
+    wanted = str(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(ValueError, match="no .*config.yaml, so no run to continue"):
+        parse("--resume_from_checkpoint", wanted, demo=demo)
 
 
 def test_where_a_resumed_run_is(tmp_path):
@@ -125,11 +141,72 @@ def test_mistakes_in_yaml_are_one_message(tmp_path, text, message):
 
 
 def test_every_flag_is_read_somewhere():
-    """No flag is accepted and ignored: each is used as an attribute outside of its definition."""
-    code = "".join(path.read_text() for path in [*ROOT.glob("train_*.py"), *ROOT.glob("grpo/*.py")])
-    used = {name for name in asdict(TrainingConfig()) if f"config.{name}" in code}
-    assert used == asdict(TrainingConfig()).keys()
+    """No flag is accepted and ignored: each is used outside of its definition."""
+    files = [*ROOT.glob("train_*.py"), *ROOT.glob("grpo/**/*.py"), ROOT / "data" / "check.py"]
+    code = "".join(path.read_text() for path in files if path.name != "config.py")
+    sampling = inspect.getsource(Sampling.of)  # by name
+    flags = asdict(TrainingConfig()).keys()
+    used = {name for name in flags if f"config.{name}" in code or f'"{name}"' in sampling}
+    assert used == flags
     assert not ELSEWHERE.keys() & used
+
+
+def values_outside(facts: dict) -> list[float]:
+    """A value just beyond each bound of a flag."""
+    return [
+        *([facts["least"] - 1] if facts["least"] is not None else []),
+        *([facts["above"]] if facts["above"] is not None else []),
+        *([facts["most"] + 1] if facts["most"] is not None else []),
+        *([facts["below"]] if facts["below"] is not None else []),
+    ]
+
+
+BOUNDED = {f.name: values_outside(f.metadata) for f in fields(TrainingConfig)}
+BOUNDED = {name: values for name, values in BOUNDED.items() if values}
+
+
+def test_numbers_have_bounds():
+    """Those without: a seed is any number, a reward may count against."""
+    numbers = {f.name for f in fields(TrainingConfig) if re.search("int|float", str(f.type))}
+    assert numbers - BOUNDED.keys() == {"seed", "num_generations", "reward_weights"}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_value_beyond_a_bound_is_named(name):
+    for value in BOUNDED[name]:
+        with pytest.raises(ValueError, match=f"^--{name} is {value}; it must be "):
+            parse(*NEEDED, f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    "argv, world, message",
+    [
+        (["--timeout", "9"], 1, "--timeout has no effect here: with one rank there is no other"),
+        (["--shard_size", "1"], 1, "--shard_size has no effect here: with one rank nothing is"),
+        (["--reshard_after_forward", "false"], 1, "--reshard_after_forward has no effect here"),
+        (["--cpu_offload"], 1, "--cpu_offload has no effect here"),
+        (["--run_name", "x"], 2, "--run_name has no effect here: it names the run for --report_to"),
+        (["--max_sampling_rounds", "3"], 2, "--max_sampling_rounds has no effect here: it is for"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tmp_path, argv, world, message):
+    """Typed or in --config; a resumed run's own config.yaml may come from more ranks."""
+    with pytest.raises(ValueError, match=message):
+        parse(*NEEDED, *argv)[0].check_effects(world)
+    value = yaml.safe_load(argv[1]) if len(argv) == 2 else True
+    values = {"model_name_or_path": "m", "dataset_name": "d", argv[0][2:]: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(tmp_path / "config.yaml"))[0].check_effects(world)
+    own = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto")[0]
+    assert getattr(own, argv[0][2:]) == value
+    own.check_effects(world)
+
+
+def test_flags_that_have_an_effect_are_not_refused():
+    argv = ["--timeout", "9", "--shard_size", "1", "--cpu_offload", "--report_to", "tensorboard"]
+    argv += ["--run_name", "x", "--dynamic_sampling", "--max_sampling_rounds", "3"]
+    parse(*NEEDED, *argv)[0].check_effects(2)
 
 
 def test_help_names_every_flag_and_default():
@@ -145,7 +222,7 @@ def test_help_names_every_flag_and_default():
 
 
 RUN = """
-from grpo.cli import run
+from grpo.run.exits import run_and_exit as run
 def main(argv):
     {body}
 run(main)
@@ -160,7 +237,12 @@ run(main)
         ("import json; json.loads('{')", 1, "JSONDecodeError", True),
         ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
         ("1 / 0", 1, "ZeroDivisionError", True),
-        ("from grpo.log import rollout_metrics; rollout_metrics([['ab']])", 1, "Error", True),
+        (
+            "from grpo.run.metrics import rollout_metrics; rollout_metrics([['ab']])",
+            1,
+            "Error",
+            True,
+        ),
         ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
     ],
 )
@@ -186,7 +268,7 @@ def test_two_signals_at_once_are_one_and_a_later_one_leaves():
         signal.signal(signal.SIGINT, previous[0])
         signal.signal(signal.SIGTERM, previous[1])
     code = (
-        "import os, signal, time\nfrom grpo.cli import StopSignal\nstop = StopSignal()\n"
+        "import os, signal, time\nfrom grpo.run.exits import StopSignal\nstop = StopSignal()\n"
         "os.kill(os.getpid(), signal.SIGINT)\nstop.asked_at -= 3\n"
         "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\nprint('still here')\n"
     )

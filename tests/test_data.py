@@ -196,7 +196,7 @@ def test_bad_images_are_named_with_row_file_and_remedy(tmp_path):
     assert sizes[0] == [(84, 84)]
     assert [fault.row for fault in faults] == list(range(1, len(names)))
     with pytest.raises(ValueError) as caught:
-        refuse(faults, "somewhere", "train")
+        refuse(faults, "somewhere, split 'train'")
     lines = str(caught.value).splitlines()
     assert lines[0] == "somewhere, split 'train': 7 bad rows"
     for (name, reason), line in zip(expected.items(), lines[1:], strict=True):
@@ -234,8 +234,8 @@ def test_rows_without_texts_or_images_are_named(tmp_path):
 def test_a_long_list_of_faults_is_cut_and_counted():
     faults = [data.check.Fault(row, "f", "x", "y") for row in range(25)]
     with pytest.raises(ValueError, match=r"25 bad rows(?s:.*)row 9 (?s:.*)and 15 more"):
-        refuse(faults, "d", "train")
-    refuse([], "d", "train")
+        refuse(faults, "d, split 'train'")
+    refuse([], "d")
 
 
 def test_good_images_are_decoded_once_ever(tmp_path, pictures, monkeypatch):

@@ -8,23 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.det import (
+from rewards.boxes import (
     Box,
-    confidence_reward,
-    explain_boxes,
-    explain_grounding,
     giou,
-    grounding_reward,
     iou,
-    iou_reward,
     match_boxes,
-    other_grounding_readings,
-    other_readings,
     parse_boxes,
     read_boxes,
     read_grounding,
     solution_kind,
 )
+from rewards.det import (
+    confidence_reward,
+    explain_boxes,
+    explain_grounding,
+    grounding_reward,
+    iou_reward,
+)
+from rewards.readings import other_grounding_readings, other_readings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 A, B = (100, 100, 300, 300), (500, 500, 700, 700)

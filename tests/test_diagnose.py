@@ -4,10 +4,13 @@ import json
 
 import pytest
 
-from grpo.diagnose import KEPT, LONGEST, PARSE_FAILURES, Watch, step_metrics
+import grpo.run.diagnose
+from grpo.reward import Record
+from grpo.run.diagnose import KEPT, LONGEST
+from rewards.parse import FAILURES
 
 ADVICE = "if these are synonyms, pass --aliases"
-ENDS = (0.0, 2.0)  # least and greatest sum of two terms
+WEIGHTS = {"accuracy": 1.0, "format": 1.0}
 LOW, HIGH = "diagnosis/accuracy/at_minimum", "diagnosis/format/at_maximum"
 DEAD = "diagnosis/all_groups_dead"
 
@@ -15,9 +18,8 @@ DEAD = "diagnosis/all_groups_dead"
 def record(accuracy=0.0, layout=1.0, answer="tulip", truth="rose", why="wrong class", **more):
     """A completion with the terms accuracy and format; `more` replaces any of its fields."""
     text = f"<think>petals</think><answer>{answer}</answer>"
-    return {
+    fields = {
         "row": 7,
-        "solution": f"<answer>{truth}</answer>",
         "completion": text,
         "answer": answer,
         "truth": truth,
@@ -29,7 +31,16 @@ def record(accuracy=0.0, layout=1.0, answer="tulip", truth="rose", why="wrong cl
         "reward": accuracy + layout,
         "tokens": 9,
         "truncated": False,
-    } | more
+    }
+    return Record(**(fields | more))
+
+
+def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES):
+    return grpo.run.diagnose.Watch(after, weights, failures, state, advice)
+
+
+def step_metrics(rows, weights=WEIGHTS, failures=FAILURES):
+    return Watch(1, weights=weights, failures=failures).metrics(rows)
 
 
 def lively(**more):
@@ -42,7 +53,7 @@ def watched(watch, steps, hints=()):
     """What is said at each step, from step 1 on: a list of {name: text}."""
     said = []
     for step, rows in enumerate(steps, 1):
-        found = watch.update(step, rows, *ENDS)
+        found = watch.update(step, rows)
         said.append(watch.explain(found, rows, hints))
         assert sorted(said[-1]) == found
     return said
@@ -54,7 +65,7 @@ def watched(watch, steps, hints=()):
 def test_dead_groups_are_told_apart_by_where_they_are_equal():
     least, most = record(layout=0.0), record(accuracy=1.0)
     rows = [[least, least], [most, most], [record(), record()], [least, most], [most, least]]
-    metrics = step_metrics(rows, *ENDS)
+    metrics = step_metrics(rows)
     shares = {kind: metrics[f"dead_groups/{kind}"] for kind in ("all_min", "all_max", "other")}
     assert shares == {"all_min": 1 / 5, "all_max": 1 / 5, "other": 1 / 5}
 
@@ -62,12 +73,12 @@ def test_dead_groups_are_told_apart_by_where_they_are_equal():
 def test_a_maximum_that_differs_by_rounding_is_the_maximum():
     assert 0.1 + 0.2 != 0.3
     rows = [[record(reward=0.1 + 0.2)] * 2]
-    assert step_metrics(rows, 0.0, 0.3)["dead_groups/all_max"] == 1.0
+    assert step_metrics(rows, {"accuracy": 0.3})["dead_groups/all_max"] == 1.0
 
 
 def test_a_group_whose_rewards_differ_by_rounding_is_not_dead():
     """The advantage decides by exact equality, and so does frac_reward_zero_std."""
-    metrics = step_metrics([[record(reward=0.1 + 0.2), record(reward=0.3)]], 0.0, 0.3)
+    metrics = step_metrics([[record(reward=0.1 + 0.2), record(reward=0.3)]], {"accuracy": 0.3})
     assert sum(metrics[f"dead_groups/{kind}"] for kind in ("all_min", "all_max", "other")) == 0
 
 
@@ -77,23 +88,23 @@ def test_parse_failures_count_each_completion_once_per_reason():
         [record(reasons=both, answer=None), record()],
         [record(why="empty answer", answer=None), record(accuracy=1.0)],
     ]
-    metrics = step_metrics(rows, *ENDS)
+    metrics = step_metrics(rows)
     assert metrics["parse_failures/no_answer_tag"] == 1 / 4
     assert metrics["parse_failures/empty_answer"] == 1 / 4
     assert metrics["parse_failures/several_answers"] == 0.0
     assert "parse_failures/wrong_class" not in metrics
-    assert sum(name.startswith("parse_failures/") for name in metrics) == len(PARSE_FAILURES)
+    assert sum(name.startswith("parse_failures/") for name in metrics) == len(FAILURES)
 
 
 def test_the_script_says_which_reasons_are_parse_failures():
-    metrics = step_metrics([[record(why="wrong class")] * 2], *ENDS, ["wrong class"])
+    metrics = step_metrics([[record(why="wrong class")] * 2], failures=["wrong class"])
     failures = {name: share for name, share in metrics.items() if "parse" in name}
     assert failures == {"parse_failures/wrong_class": 1.0}
 
 
 def test_near_misses_have_an_answer_that_earns_nothing():
     rows = [[record(), record(answer=None)], [record(accuracy=0.3), record(accuracy=1.0)]]
-    assert step_metrics(rows, *ENDS)["near_misses"] == 1 / 4
+    assert step_metrics(rows)["near_misses"] == 1 / 4
 
 
 # ---- findings -----------------------------------------------------------------------------------
@@ -227,7 +238,7 @@ def test_a_long_completion_is_cut_and_said_so():
 def test_hostile_text_neither_steers_the_terminal_nor_floods_it(hostile):
     row = [record(answer=f"{i}{hostile}", truth=hostile, completion=hostile) for i in range(9)]
     for i, r in enumerate(row):
-        r["reasons"] = {"accuracy": f"{i}{hostile}", "format": ""}
+        r.reasons.update({"accuracy": f"{i}{hostile}", "format": ""})
     [said] = watched(Watch(1, advice=ADVICE), [[row]], [hostile] * 9)
     assert set(said) == {LOW, HIGH, DEAD}
     for text in said.values():
@@ -244,7 +255,7 @@ def test_memory_is_bounded_however_long_the_run():
     for step in range(1, 13):
         names = [f"{step}-{i} " + "x" * 5000 for i in range(KEPT + 50)]
         row = [record(answer=n, truth=n, completion=n, why=n) for n in names]
-        watch.update(step, [row], *ENDS)
+        watch.update(step, [row])
         sizes.append(len(json.dumps(watch.state())))
     assert sizes[2] > sizes[0] and max(sizes[3:]) < sizes[2] * 1.1
     for past in watch.state()["window"]:
@@ -262,5 +273,5 @@ def test_a_resumed_run_says_the_same(stop):
     said = watched(first, steps[:stop])
     second = Watch(4, json.loads(json.dumps(first.state())), ADVICE)
     for number, rows in enumerate(steps[stop:], stop + 1):
-        said.append(second.explain(second.update(number, rows, *ENDS), rows))
+        said.append(second.explain(second.update(number, rows), rows))
     assert said == whole and sum(map(len, whole)) == 3

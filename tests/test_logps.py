@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.logps import pack_chunks, pack_logps, token_logps
+from grpo.logps import Tokens, pack_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
-from grpo.rollout import make_packs, sample_groups, uniform_numbers
+from grpo.pack import make_packs
+from grpo.rollout import sample_groups, uniform_numbers
 from models.generate import Sampling, with_image_features
 from models.qwen_vl import image_features
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
-SUPPRESSED = (IMAGE, 57, 58, 60, 61, 62, 63)
+SUPPRESSED = torch.tensor((IMAGE, 57, 58, 60, 61, 62, 63))
 STOP = (3, 7, 11, 15, 20, 25, 31, 36, 40, 44)
-SAMPLING = Sampling(9, temperature=1.2, stop_ids=STOP, suppressed_ids=SUPPRESSED)
+SAMPLING = Sampling(9, temperature=1.2, stop_ids=STOP)
 PROMPTS = [[(4, 4)], [], [(2, 8), (6, 4)], [(4, 6)]]
 
 
@@ -89,8 +90,10 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
 
 
 def rollout(model, group=4, seed=0):
+    model.suppressed_ids = SUPPRESSED
+    sampling = replace(SAMPLING, num_generations=group)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
-    return sample_groups(model, prompts, group, SAMPLING, seed, 1, range(len(prompts)))
+    return sample_groups(model, prompts, sampling, seed, 1, range(len(prompts)))
 
 
 def table(groups):
@@ -99,30 +102,35 @@ def table(groups):
     return lengths, group_advantages(torch.rand(lengths.shape, dtype=torch.float64))
 
 
+def loss_inputs(pack):
+    return pack.sampling_logps, pack.old_logps, pack.ref_logps, pack.advantages, pack.weights
+
+
 def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, one_pass=True):
     """One step's loss and gradient: as train_cls.py forms it, or through `pack_logps`."""
     model.zero_grad()
     lengths, advantages = table(groups)
     weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
-    suppressed, total = torch.tensor(SUPPRESSED), 0.0
-    packs = make_packs(groups, tokens_per_pack)
+    total, packs = 0.0, make_packs(groups, tokens_per_pack, (advantages, weights))
     for pack in packs:
-        scoring = (SAMPLING.temperature, suppressed)
-        ref = None
+        pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
+        assert pack.advantages.dtype == torch.float64, "make_packs rounds to float32"
         if reference is not None:
+            reference.suppressed_ids = SUPPRESSED
             with torch.no_grad():
-                ref, _ = pack_logps(reference, pack, *scoring, chunk)
+                pack.ref_logps = pack_logps(reference, pack, SAMPLING.temperature, chunk)
         if one_pass:
-            chunks = pack_chunks(model, pack, *scoring, chunk)
+            chunks = pack_chunks(model, pack, SAMPLING.temperature, chunk)
         else:
-            chunks = [(slice(None), *pack_logps(model, pack, *scoring, chunk))]
-        for part, logps, _ in chunks:
+            logps = pack_logps(model, pack, SAMPLING.temperature, chunk)
+            chunks = [Tokens(0, logps, None, *loss_inputs(pack))]
+        for tokens in chunks:
             loss, _ = policy_loss(
-                logps,
+                tokens.logps,
                 None,
-                pack.per_token(advantages)[part],
-                pack.per_token(weights)[part],
-                ref_logps=ref if ref is None else ref[part],
+                tokens.advantages,
+                tokens.weights,
+                ref_logps=tokens.ref_logps,
                 beta=0.1 if reference is not None else 0.0,
             )
             loss.backward()
@@ -207,11 +215,10 @@ def test_packs_hold_every_completion_once_and_keep_to_the_limit(tokens_per_pack)
 def test_sampled_log_probs_equal_training_log_probs():
     model = tiny_model(tiny_config())
     groups = rollout(model)
-    suppressed = torch.tensor(SUPPRESSED)
-    for pack in make_packs(groups, 80):
-        logps, _ = pack_logps(model, pack, SAMPLING.temperature, suppressed)
-        drawn = pack.sampling_logps(groups)
-        torch.testing.assert_close(logps.float(), drawn, atol=1e-5, rtol=1e-5)
+    table = torch.zeros(len(groups), 4)
+    for pack in make_packs(groups, 80, (table, table)):
+        logps = pack_logps(model, pack, SAMPLING.temperature)
+        torch.testing.assert_close(logps.float(), pack.sampling_logps, atol=1e-5, rtol=1e-5)
 
 
 def test_suppressed_tokens_are_never_sampled_and_stop_tokens_end():
@@ -221,7 +228,7 @@ def test_suppressed_tokens_are_never_sampled_and_stop_tokens_end():
     groups = rollout(model, group=16)
     for group in groups:
         for completion, truncated in zip(group.completion_ids, group.truncated, strict=True):
-            assert not set(completion) & set(SUPPRESSED)
+            assert not set(completion) & set(SUPPRESSED.tolist())
             assert not set(completion[:-1]) & set(SAMPLING.stop_ids)
             assert truncated == (completion[-1] not in SAMPLING.stop_ids)
             assert len(completion) == SAMPLING.max_completion_length or not truncated
@@ -234,9 +241,8 @@ def test_the_stop_token_is_trained():
     g, i = next(
         (g, i) for g, group in enumerate(groups) for i, cut in enumerate(group.truncated) if not cut
     )
-    suppressed = torch.tensor(SUPPRESSED)
     chosen = [make_packs(groups, 1)[4 * g + i]]
-    logps, _ = pack_logps(model, chosen[0], 1.0, suppressed)
+    logps = pack_logps(model, chosen[0], 1.0)
     assert chosen[0].targets[-1].item() in SAMPLING.stop_ids
     advantages = torch.zeros_like(logps)
     advantages[-1] = 1.0
@@ -245,7 +251,7 @@ def test_the_stop_token_is_trained():
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter -= 1e-4 * parameter.grad
-    assert pack_logps(model, chosen[0], 1.0, suppressed)[0][-1] > logps[-1]
+    assert pack_logps(model, chosen[0], 1.0)[-1] > logps[-1]
 
 
 def test_random_numbers_depend_on_their_four_names_alone():
@@ -259,34 +265,36 @@ def test_random_numbers_depend_on_their_four_names_alone():
 def test_groups_do_not_depend_on_which_prompts_share_a_rank():
     model = tiny_model(tiny_config())
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
-    whole = sample_groups(model, prompts, 3, SAMPLING, 0, 1, range(4))
+    sampling = replace(SAMPLING, num_generations=3)
+    whole = sample_groups(model, prompts, sampling, 0, 1, range(4))
     shared = [
-        sample_groups(model, prompts[rank::2], 3, SAMPLING, 0, 1, range(4)[rank::2])
+        sample_groups(model, prompts[rank::2], sampling, 0, 1, range(4)[rank::2])
         for rank in range(2)
     ]
     for place, group in enumerate(whole):
         assert group.completion_ids == shared[place % 2][place // 2].completion_ids
-    assert sample_groups(model, [], 3, SAMPLING, 0, 1, []) == []
+    assert sample_groups(model, [], sampling, 0, 1, []) == []
 
 
 def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_time():
     config = tiny_config(vocab=2000)
     model = tiny_model(config, torch.float32)
     groups = rollout(model)
-    pack = make_packs(groups, 10_000)[0]
+    lengths, advantages = table(groups)
+    pack = make_packs(groups, 10_000, (advantages, advantages))[0]
     tokens, chunk = len(pack.targets), 5
     assert tokens > 20 * chunk
     with LargestTensor() as largest:
-        for _, logps, _ in pack_chunks(model, pack, 1.0, None, chunk):
-            logps.sum().backward()
+        for part in pack_chunks(model, pack, 1.0, chunk):
+            part.logps.sum().backward()
     weights = 2000 * config.hidden_size
     assert largest.numel <= max(weights, chunk * 2000) < tokens * 2000
 
     late = []
     with pytest.raises(AssertionError, match="backward"):
-        late += [logps for _, logps, _ in pack_chunks(model, pack, 1.0, None, chunk)]
-    chunks = pack_chunks(model, pack, 1.0, None, chunk)
-    _, first, _ = next(chunks)
+        late += [part.logps for part in pack_chunks(model, pack, 1.0, chunk)]
+    chunks = pack_chunks(model, pack, 1.0, chunk)
+    first = next(chunks).logps
     first.sum().backward(retain_graph=True)
     next(chunks)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -301,13 +309,12 @@ def test_one_pass_leaves_frozen_weights_alone(frozen):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     model.zero_grad(set_to_none=True)
-    pack = make_packs(groups, 10_000)[0]
     lengths, advantages = table(groups)
     weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
-    for part, logps, _ in pack_chunks(model, pack, SAMPLING.temperature, torch.tensor(SUPPRESSED)):
-        loss, _ = policy_loss(
-            logps, None, pack.per_token(advantages)[part], pack.per_token(weights)[part]
-        )
+    (pack,) = make_packs(groups, 10_000, (advantages, weights))
+    pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
+    for tokens in pack_chunks(model, pack, SAMPLING.temperature):
+        loss, _ = policy_loss(tokens.logps, None, tokens.advantages, tokens.weights)
         loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith(frozen):
@@ -325,8 +332,8 @@ def test_prompts_with_and_without_encoded_images_share_a_pack():
         replace(group, prompt=with_image_features(model, [group.prompt])[0]) for group in groups
     ]
     plain, known = (
-        pack_logps(model, make_packs(some, 10_000)[0], 1.0, None)[0] for some in (groups, encoded)
+        pack_logps(model, make_packs(some, 10_000)[0], 1.0) for some in (groups, encoded)
     )
     torch.testing.assert_close(known, plain, atol=1e-12, rtol=1e-12)
     (alone,) = make_packs([encoded[1]], 10_000)
-    assert pack_logps(model, alone, 1.0, None)[0].isfinite().all()
+    assert pack_logps(model, alone, 1.0).isfinite().all()

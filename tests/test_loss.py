@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,11 @@ from grpo.loss import (
     KL_ESTIMATORS,
     LOSS_TYPES,
     group_advantages,
-    length_penalty,
     per_token_kl,
     policy_loss,
     token_weights,
-    weighted_reward,
 )
+from grpo.reward import length_penalty, weighted_reward
 
 LENGTHS = [[3, 1, 5], [2, 7, 4]]  # two groups of three completions
 
@@ -235,13 +235,17 @@ def test_weights_of_a_step_sum_to_one(loss_type):
     assert (token_weights(lengths, loss_type, 99) * lengths).sum().item() == pytest.approx(1)
 
 
+def limits(overlong_buffer: int) -> SimpleNamespace:
+    return SimpleNamespace(max_completion_length=100, overlong_buffer=overlong_buffer)
+
+
 @pytest.mark.parametrize(
     "tokens, penalty", [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (120, -1)]
 )
 def test_the_soft_overlong_punishment(tokens, penalty):
     """DAPO, eq. 13, with a limit of 100 and a buffer of 20."""
-    assert length_penalty(tokens, 100, 20) == pytest.approx(penalty)
-    assert length_penalty(tokens, 100, 0) == 0
+    assert length_penalty(tokens, limits(20)) == pytest.approx(penalty)
+    assert length_penalty(tokens, limits(0)) == 0
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -16,7 +16,8 @@ from models.attention import Bounds, attention, choose_implementation
 from models.cache import KVCache
 from models.generate import BLOCK, Sampling, generate, sample
 from models.load import load_model, published_name, save_model
-from models.qwen_vl import image_features, mrope_position_ids
+from models.prompt import mrope_position_ids
+from models.qwen_vl import image_features
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 GRIDS = {"none": [], "one": [(4, 6)], "several": [(4, 4), (2, 8), (6, 4)]}
@@ -240,7 +241,8 @@ def test_cached_decoding_equals_the_full_forward():
     """Prompts of different lengths, samples that stop at different times."""
     model = tiny_model(tiny_config())
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
-    sampling = Sampling(12, stop_ids=(3, 7, 11, 20, 31), suppressed_ids=(IMAGE, 57, 58, 60))
+    sampling = Sampling(12, stop_ids=(3, 7, 11, 20, 31))
+    model.suppressed_ids = torch.tensor((IMAGE, 57, 58, 60))
     uniforms = torch.rand(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     completions, logps = generate(model, prompts, 3, sampling, uniforms)
     lengths = {len(c) for c in completions}
@@ -256,7 +258,7 @@ def test_cached_decoding_equals_the_full_forward():
             image_features(model, [prompt]),
         )[len(prompt) - 1 : -1]
         logits = linear(hidden, model.head_weight)
-        logits[:, list(sampling.suppressed_ids)] = float("-inf")
+        logits[:, model.suppressed_ids] = float("-inf")
         expected = logits.log_softmax(-1)[range(len(completion)), completion]
         torch.testing.assert_close(logp.double(), expected, atol=1e-6, rtol=1e-6)
 
@@ -349,7 +351,7 @@ def test_the_same_image_is_encoded_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("most", [10**9, 20_000], ids=["one file", "several"])
 def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, monkeypatch, tied, dtype, most):
-    monkeypatch.setattr(models.load, "MOST_BYTES", most)
+    monkeypatch.setattr(models.load, "MAX_FILE_BYTES", most)
     model = tiny_model(tiny_config(tied), torch.float32).to(dtype)
     save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, dtype)
     files = models.load.weight_files(tmp_path)

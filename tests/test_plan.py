@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.cli import TrainingConfig
 from grpo.logps import pack_logps
-from grpo.plan import decoder_layer_parameters, estimate_memory, vision_block_parameters
-from grpo.rollout import Group, make_packs
+from grpo.pack import make_packs
+from grpo.rollout import Group
+from grpo.run.config import TrainingConfig
+from grpo.run.plan import decoder_layer_parameters, estimate_memory, vision_block_parameters
 from models.config import parse_config
 from models.load import check_checkpoint, save_model
 from models.qwen_vl import QwenVL

@@ -3,8 +3,8 @@
 import torch
 
 from models.config import QwenVLConfig, parse_config
-from models.processor import Prompt
-from models.qwen_vl import QwenVL, mrope_position_ids
+from models.prompt import Prompt, mrope_position_ids
+from models.qwen_vl import QwenVL
 
 IMAGE = 59
 
