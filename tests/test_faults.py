@@ -1,7 +1,7 @@
 """What a long run meets: each fault is injected, and ends in one message with nothing lost.
 
 docs/reliability.md lists them; faults of ranks are in tests/test_ranks.py, of saving in
-tests/test_dist.py.
+tests/test_optimizer.py.
 """
 
 import errno
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,26 +19,45 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grpo.run.checks
+import grpo.run.load
+import grpo.run.run
 import train_cls
 from benchmarks.soak import soak
-from grpo import cli, dist, log
-from grpo.cli import StopSignal
-from grpo.preflight import check_first_ratio, check_gradients
+from grpo.optimizer import Optimizer
+from grpo.ranks import Ranks
+from grpo.run import exits, folder
+from grpo.run.checks import check_first_ratio, check_gradients
+from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
 from models.qwen_vl import QwenVL
-from tests.test_scripts import (  # noqa: F401
-    CHECKPOINT,
-    SHORT,
-    one_cache,
-    read_lines,
-    same_signal_handlers,
-    timeless,
-    train,
-)
+from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 LONGER = [*SHORT, "--max_steps", "3"]
 MODEL_AND_DATA = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
-EVALUATED = 6  # held-out rows of SHORT, judged before the first step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of LONGER with a checkpoint at each step: copy it, never write in it."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(run, *LONGER, "--save_steps", "1")
+    return run
+
+
+@contextmanager
+def in_phase(name: str):
+    """A list that holds something from the moment a run in this process enters the phase."""
+    entered, enter = [], Ranks.enter
+
+    def watched(self, phase: str) -> None:
+        enter(self, phase)
+        if phase == name:
+            entered.append(phase)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "enter", watched)
+        yield entered
 
 
 def raises(*_):
@@ -56,31 +76,42 @@ REWARDS = {
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_a_reward_that_fails_is_named_and_the_run_is_kept(tmp_path, monkeypatch, capsys, name):
+def test_a_reward_that_fails_is_named_and_the_run_is_kept(
+    tmp_path, monkeypatch, capsys, name, whole
+):
     """In step 2: the message names the completion; the run goes on once the reward is mended."""
-    run, score, calls = tmp_path / "run", train_cls.score, []
+    run, score = tmp_path / "run", train_cls.score
     broken, said = REWARDS[name]
-    before = 480 + 180 + 1 + EVALUATED + 8  # solutions, the terms' names, evaluation, step 1
-
-    def failing(*arguments):
-        calls.append(1)
-        return (broken if len(calls) == before + 3 else score)(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_cls, "score", failing)
+    with monkeypatch.context() as patch, in_phase("reward of step 2") as now:
+        patch.setattr(train_cls, "score", lambda *a: (broken if now else score)(*a))
         assert train_cls.main(["--output_dir", str(run), *LONGER]) == 2
     out = capsys.readouterr().out
     assert said in out and re.search(r"for row \d+ and the completion:\n.*<think>", out)
     assert "ended after step 1 of 3; continue with" in out
     resumed = train(run, "--resume_from_checkpoint", "auto")
-    assert timeless(resumed) == timeless(train(tmp_path / "whole", *LONGER))
+    assert timeless(resumed) == timeless(read_steps(whole))
+
+
+def test_a_reward_that_fails_in_an_evaluation_keeps_the_step(tmp_path, monkeypatch, capsys):
+    """The step before it is saved; the evaluation is made up for at the end of the resumed run."""
+    run, score = tmp_path / "run", train_cls.score
+    with monkeypatch.context() as patch, in_phase("evaluation of step 3") as now:
+        patch.setattr(train_cls, "score", lambda *a: raises() if now else score(*a))
+        assert train_cls.main(["--output_dir", str(run), *LONGER]) == 2
+    assert "KeyError: 'no such class'" in capsys.readouterr().out
+    assert (run / "checkpoint-3").is_dir() and not (run / "final").exists()
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert "eval/accuracy" in train(run, "--resume_from_checkpoint", "auto")[-1]
+    assert (run / "final").is_dir()
 
 
 @pytest.mark.parametrize("broken", [raises, lambda *_: None, lambda *_: {"accuracy": None}])
 def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
     tmp_path, monkeypatch, broken
 ):
-    monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+    )
     monkeypatch.setattr(train_cls, "score", broken)
     with pytest.raises(ValueError, match=r"Error: .*for row 0 and the completion:\n<think>"):
         train(tmp_path / "run", *SHORT)
@@ -128,7 +159,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_out(tmp_path, monkeypa
 
 
 def test_a_step_cut_short_after_its_first_update_says_so(tmp_path, monkeypatch, capsys):
-    run, step, steps = tmp_path / "run", dist.Optimizer.step, []
+    run, step, steps = tmp_path / "run", Optimizer.step, []
 
     def second_fails(self, *arguments):
         steps.append(1)
@@ -136,7 +167,7 @@ def test_a_step_cut_short_after_its_first_update_says_so(tmp_path, monkeypatch, 
             self.masters["model.norm.weight"].grad.fill_(float("inf"))
         return step(self, *arguments)
 
-    monkeypatch.setattr(dist.Optimizer, "step", second_fails)
+    monkeypatch.setattr(Optimizer, "step", second_fails)
     train(run, *LONGER, "--save_steps", "1", "--num_iterations", "2")
     assert "step 2 was cut short after 1 of its updates" in capsys.readouterr().out
     updates = [
@@ -157,13 +188,13 @@ def test_bad_steps_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
         shutil.rmtree(run / f"checkpoint-{step}")
     nan_loss({1, 2, 3}, monkeypatch)
     argv = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
-    assert train_cls.main(argv) == cli.DIVERGED
+    assert train_cls.main(argv) == DIVERGED
     assert read_lines(run / "metrics.jsonl")[-1]["step"] == 4
 
 
 def test_a_model_whose_logits_are_not_numbers(tmp_path, monkeypatch, capsys):
     """After step 1: no checkpoint of such a model is made, those before are kept."""
-    run, gather, calls = tmp_path / "run", dist.gather_weights, []
+    run, gather, calls = tmp_path / "run", train_cls.gather_weights, []
 
     def broken(policy, whole):
         calls.append(1)
@@ -172,11 +203,11 @@ def test_a_model_whose_logits_are_not_numbers(tmp_path, monkeypatch, capsys):
             with torch.no_grad():
                 whole.model.norm.weight.fill_(float("nan"))
 
-    monkeypatch.setattr(dist, "gather_weights", broken)
+    monkeypatch.setattr(train_cls, "gather_weights", broken)
     argv = ["x", "--output_dir", str(run), *LONGER, "--save_steps", "1", "--save_total_limit", "2"]
-    monkeypatch.setattr(cli.sys, "argv", argv)
-    with pytest.raises(SystemExit, match=str(cli.DIVERGED)):
-        cli.run(train_cls.main)
+    monkeypatch.setattr(exits.sys, "argv", argv)
+    with pytest.raises(SystemExit, match=str(DIVERGED)):
+        exits.run_and_exit(train_cls.main)
     assert (
         "logits are not numbers: it has diverged: go on from an earlier" in capsys.readouterr().err
     )
@@ -198,7 +229,7 @@ def test_a_run_that_lacks_only_its_end_can_be_finished(tmp_path, monkeypatch):
     shutil.rmtree(run / "checkpoint-3")
     with pytest.raises(ValueError, match="a run that has ended and kept no checkpoint"):
         train(run, *again)
-    assert timeless(read_lines(run / "metrics.jsonl")) == timeless(whole)
+    assert timeless(read_steps(run)) == timeless(whole)
 
 
 def test_a_signal_in_a_step_that_is_evaluated_keeps_the_evaluation(tmp_path, monkeypatch):
@@ -212,7 +243,7 @@ def test_a_signal_in_a_step_that_is_evaluated_keeps_the_evaluation(tmp_path, mon
         return loss(*arguments)
 
     monkeypatch.setattr(train_cls, "policy_loss", interrupting)
-    assert train_cls.main(["--output_dir", str(run), *options]) == cli.INTERRUPTED
+    assert train_cls.main(["--output_dir", str(run), *options]) == INTERRUPTED
     resumed = train(run, "--resume_from_checkpoint", "auto")
     assert timeless(resumed) == timeless(train(tmp_path / "whole", *options))
     assert all("eval/accuracy" in line for line in resumed)
@@ -249,22 +280,24 @@ def test_a_token_far_from_the_reference_is_named(tmp_path, capsys):
             r"--tokens_per_pack \(16384",
         ),
         ("sample_groups", "rollout of step 1", "--prompts_per_step, --num_generations"),
-        ("answers", "evaluation", "--max_completion_length"),
-        ("empty_model", "loading", "the model's share of a rank"),
-        ("check_gradients", r"gradient check at \d+ tokens in a pack", "--tokens_per_pack"),
-        ("save", "saving of step 1", "the model's share of a rank"),
+        ("judge", "evaluation", "--max_completion_length"),
+        ("load_models", "loading", "the model's share of a rank"),
+        ("pack_chunks", r"gradient check at \d+ tokens in a pack", "--tokens_per_pack"),
+        ("save_checkpoint", "saving of step 1", "the model's share of a rank"),
     ],
 )
 def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, function, phase, lower):
     """An allocation that really fails."""
-    true = getattr(train_cls, function)
+    owners = {"pack_chunks": grpo.run.checks, "save_checkpoint": grpo.run.run}
+    owner = owners.get(function, train_cls)
+    true = getattr(owner, function)
 
     def greedy(*arguments):
-        if function != "sample_groups" or arguments[2] > 1:  # not in the evaluation
+        if function != "sample_groups" or arguments[2].num_generations > 1:  # no evaluation
             torch.empty(2**55)
         return true(*arguments)
 
-    monkeypatch.setattr(train_cls, function, greedy)
+    monkeypatch.setattr(owner, function, greedy)
     with pytest.raises(ValueError, match=f"out of memory in {phase}.*lower {lower}"):
         train(tmp_path / "run", *SHORT, "--save_steps", "1")
 
@@ -285,7 +318,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
     kept = (run / "checkpoint-1" / "model.safetensors").read_bytes()
     full = run / name
     with pytest.MonkeyPatch.context() as patch:  # resuming rewrites the file first
-        patch.setattr(log, "_drop_after", lambda *_: None)
+        patch.setattr(folder, "_drop_after", lambda *_: None)
         full.unlink()
         full.symlink_to("/dev/full")
         with pytest.raises(ValueError, match=r"No space left on device while writing.*kept: free"):
@@ -294,7 +327,9 @@ def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+    )
     with pytest.raises(ValueError, match="/proc cannot be written"):
         train_cls.main(["--output_dir", "/proc/run", *SHORT])
     (tmp_path / "file").write_text("")
@@ -308,7 +343,9 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
     with (run / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        monkeypatch.setattr(dist, "load_weights", lambda *a: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(
+            grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+        )
         with pytest.raises(ValueError, match="another run is writing there"):
             train_cls.main(again)
     monkeypatch.undo()
@@ -354,7 +391,7 @@ def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
     for cut in ('{"step": 2, "rew', '{"step": 2}', "3\n", "\0\0\n", "{}\n"):
         file = tmp_path / "metrics.jsonl"
         file.write_text('{"step": 0}\n{"step": 1}\n' + cut)
-        log._drop_after(file, 2)
+        folder._drop_after(file, 2)
         assert file.read_text() == '{"step": 0}\n{"step": 1}\n', cut
 
 
@@ -372,14 +409,14 @@ def test_a_folder_that_another_run_used_is_not_taken(tmp_path):
     with pytest.raises(ValueError, match="one already holds a run"):
         train(one, *SHORT)
     with pytest.raises(ValueError, match="two already holds a run"):
-        log.RunFolder(two, SimpleNamespace(), None, "none", "x")
+        folder.RunFolder(two, SimpleNamespace(), None, "none", "x")
 
 
 def test_a_file_system_without_locks_is_told_and_serves(tmp_path, monkeypatch, capsys):
     def without(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(log.fcntl, "flock", without)
+    monkeypatch.setattr(folder.fcntl, "flock", without)
     train(tmp_path / "run", *SHORT)
     assert "a second run in this folder would not be noticed" in capsys.readouterr().err
 
@@ -409,7 +446,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
 
 def test_a_second_signal_leaves_at_once(monkeypatch):
     codes = []
-    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    monkeypatch.setattr(exits.os, "_exit", codes.append)
     stop = StopSignal()
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)  # torchrun's copy of the same Ctrl-C
@@ -431,20 +468,24 @@ def test_gradients_of_trainable_and_frozen_parameters_are_told_apart(frozen):
     config = tiny_config()
     model = tiny_model(config, torch.float32)
     model.visual.requires_grad_(not frozen)
-    optimizer = dist.Optimizer(model, 0.0)
-    alone = dist.Ranks(0, 1, torch.device("cpu"))
-    row = (tiny_prompt(config, [(4, 4)]), [5, 6, 7], (1.0, None), alone)
-    check_gradients(model, optimizer, *row)
+    optimizer = Optimizer(model, 0.0)
+    prompt = tiny_prompt(config, [(4, 4)])
+    rows = [SimpleNamespace(images=["a"], solution="", prompt=lambda processor: prompt)]
+    processor = SimpleNamespace(tokenizer=lambda *a, **o: {"input_ids": [5, 6, 7]})
+    alone = Ranks(0, 1, torch.device("cpu"))
+    run = SimpleNamespace(ranks=alone, phase=lambda *a: None)
+    row = (rows, processor, run)
+    check_gradients(model, model, optimizer, *row)
     assert all(p.grad is None for p in model.parameters())
     model.visual.merger.ln_q.weight.requires_grad_(frozen)  # not what the optimizer knows
     if frozen:
         with pytest.raises(ValueError, match=r"visual\.merger\.ln_q\.weight is frozen and has"):
             model.visual.merger.ln_q.weight.requires_grad_(False)
             model.visual.merger.ln_q.weight.grad = torch.ones(config.vision.embed_dim)
-            check_gradients(model, optimizer, *row)
+            check_gradients(model, model, optimizer, *row)
     else:
         with pytest.raises(ValueError, match=r"visual\.merger\.ln_q\.weight is trainable and its"):
-            check_gradients(model, optimizer, *row)
+            check_gradients(model, model, optimizer, *row)
 
 
 def test_the_first_update_must_have_ratio_one(tmp_path, monkeypatch):

@@ -1,19 +1,22 @@
-"""The optimizer, its schedule and its state."""
+"""The optimizer, its schedules, and checkpoints of its state."""
 
 import json
 import math
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
-from grpo import checkpoint, dist
-from grpo.checkpoint import resume, save_checkpoint
+from grpo.optimizer import SCHEDULES, Optimizer, learning_rate
+from grpo.ranks import Ranks
+from grpo.run import checkpoint
+from grpo.run.checkpoint import State, resume, save_checkpoint
 from tests.tiny import tiny_config, tiny_model
 
-ALONE = dist.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def gradients(model, seed):
@@ -29,7 +32,7 @@ def test_bf16_masters_sum_packs_in_float32_and_are_written_back():
     model = tiny_model(tiny_config(), torch.float32).to(torch.bfloat16)
     plain = tiny_model(tiny_config(), torch.float32)
     plain.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
-    half, full = dist.Optimizer(model, 0.1), dist.Optimizer(plain, 0.1)
+    half, full = Optimizer(model, 0.1), Optimizer(plain, 0.1)
     for step in range(3):
         expected = [torch.zeros(p.shape) for p in model.parameters()]
         for pack in range(3):
@@ -50,7 +53,7 @@ def test_bf16_masters_sum_packs_in_float32_and_are_written_back():
 def test_matrices_decay_and_vectors_do_not():
     model = tiny_model(tiny_config(), torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    dist.Optimizer(model, 0.5).step(0.1, 1.0)  # no gradient: zeros
+    Optimizer(model, 0.5).step(0.1, 1.0)  # no gradient: zeros
     for name, parameter in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter, before[name] * factor)
@@ -61,7 +64,7 @@ def test_clipping_scales_the_whole_gradient():
     seen = {}
     for limit in (0.0, 2.0):
         model = tiny_model(tiny_config(), torch.float32)
-        optimizer = dist.Optimizer(model, 0.0)
+        optimizer = Optimizer(model, 0.0)
         gradients(model, 0)
         norm = optimizer.step(1e-3, limit)
         moments = [v for k, v in optimizer.moments().items() if k.startswith("exp_avg.")]
@@ -75,7 +78,7 @@ def test_clipping_scales_the_whole_gradient():
 def test_a_gradient_that_is_not_finite_changes_nothing():
     model = tiny_model(tiny_config(), torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = dist.Optimizer(model, 0.1)
+    optimizer = Optimizer(model, 0.1)
     gradients(model, 0)
     next(model.parameters()).grad[0] = float("nan")
     assert math.isnan(optimizer.step(0.1, 1.0)) and optimizer.updates == 0
@@ -83,32 +86,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def flags(rate: float, schedule: str, warmup: float) -> SimpleNamespace:
+    return SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule, warmup_ratio=warmup)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
-@pytest.mark.parametrize("schedule", dist.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rates_are_those_of_transformers(schedule, warmup):
     name = "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     scheduler = transformers.get_scheduler(name, optimizer, int(20 * warmup), 20)
     for step in range(20):
-        rate = dist.learning_rate(step, 20, 3e-4, schedule, warmup)
+        rate = learning_rate(flags(3e-4, schedule, warmup), step + 1, 20)
         assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
     with pytest.raises(ValueError, match="linear, cosine, constant"):
-        dist.learning_rate(0, 1, 1.0, "sawtooth", 0.0)
+        learning_rate(flags(1.0, "sawtooth", 0.0), 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype):
     def start():
         model = tiny_model(tiny_config(), torch.float32).to(dtype)
-        return model, dist.Optimizer(model, 0.1)
+        return model, Optimizer(model, 0.1)
 
     model, optimizer = start()
     for step in range(2):
         gradients(model, step)
         optimizer.step(1e-2, 1.0)
-    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE)
+    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE)
     again, resumed = start()
     resume(folder, resumed, json.loads((folder / "state.json").read_text())["updates"])
     for m, o in ((model, optimizer), (again, resumed)):
@@ -121,17 +128,17 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model = tiny_model(tiny_config(), torch.float32)
-    optimizer = dist.Optimizer(model, 0.0)
+    optimizer = Optimizer(model, 0.0)
     for step in (2, 9, 10):
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": step}, ALONE, 2)
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, State(step), ALONE, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
 
 
 def test_the_best_checkpoint_by_evaluation_is_kept(tmp_path):
     model = tiny_model(tiny_config(), torch.float32)
-    optimizer = dist.Optimizer(model, 0.0)
+    optimizer = Optimizer(model, 0.0)
     for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.9), (5, 0.1), (6, None)):
-        state = {"step": step, "held_out": score}
+        state = State(step, held_out=score)
         save_checkpoint(tmp_path, tmp_path, model, optimizer, state, ALONE, 1)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6"}
 
@@ -152,12 +159,12 @@ def fail_to_write(limit: int, call) -> None:
 def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
     """Neither weights (0.4 MB) nor moments (0.8 MB) fit, or the moments alone do not."""
     model = tiny_model(tiny_config(), torch.float32)
-    optimizer = dist.Optimizer(model, 0.0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1}, ALONE, 1)
+    optimizer = Optimizer(model, 0.0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1), ALONE, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def save():
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+        save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
 
     with pytest.raises(ValueError, match=r"checkpoint-2 could not be written.*Kept: checkpoint-1"):
         fail_to_write(limit, save)
@@ -169,8 +176,8 @@ def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
 def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, monkeypatch):
     """The process ends between any two calls: what is called checkpoint-N is whole."""
     model = tiny_model(tiny_config(), torch.float32)
-    optimizer = dist.Optimizer(model, 0.0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1}, ALONE, 1)
+    optimizer = Optimizer(model, 0.0)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1), ALONE, 1)
 
     class Killed(BaseException):
         pass
@@ -182,19 +189,19 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, mo
         where = {"weights": "save_tensors", "state": "save_config", "rename": "_flush"}[when]
         patch.setattr(checkpoint, where, kill)
         with pytest.raises(Killed):
-            save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+            save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
     assert checkpoint.find_checkpoint("auto", tmp_path).name == "checkpoint-1"
     resume(tmp_path / "checkpoint-1", optimizer, 0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_leftovers_go_with_the_next_save_and_a_damaged_one_is_not_the_best(tmp_path):
     model = tiny_model(tiny_config(), torch.float32)
-    optimizer = dist.Optimizer(model, 0.0)
+    optimizer = Optimizer(model, 0.0)
     (tmp_path / ".checkpoint-7.partial").mkdir()
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 1, "held_out": 1.0}, ALONE)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1, held_out=1.0), ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     (tmp_path / "checkpoint-1" / "state.json").write_text("[")
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, {"step": 2}, ALONE, 1)
+    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -1,0 +1,163 @@
+"""What flags do to a run."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo.run.load
+import train_cls
+import train_det
+from data.flowers import SPECIES
+from models.qwen_vl import QwenVL
+from tests.runs import CHECKPOINT, SHORT, detection_set, read_lines, read_steps, train
+
+
+def test_what_sampling_and_training_share(tmp_path):
+    """Training log-probs are at the sampling temperature; the policy leaves its reference."""
+    options = [*SHORT, "--max_steps", "4", "--temperature", "1.3", "--learning_rate", "2e-3"]
+    lines = train(tmp_path / "run", *options)
+    assert all(line["sampling/logp_difference_max"] < 1e-4 for line in lines[1:])
+    assert lines[1]["kl"] == 0 and lines[-1]["kl"] > 1e-4
+    rates = [line["learning_rate"] for line in lines[1:]]
+    assert rates == pytest.approx([0, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3])  # 5 % of 4 steps rise: one
+
+
+def test_top_k_of_one_is_greedy(tmp_path):
+    lines = train(tmp_path / "run", *SHORT, "--top_k", "1")
+    assert lines[1]["frac_reward_zero_std"] == 1
+    groups = read_lines(tmp_path / "run" / "completions.jsonl")
+    assert len({(c["step"], c["prompt"], c["completion"]) for c in groups}) == 4
+    lines = train(tmp_path / "nucleus", *SHORT, "--top_p", "0.01")
+    assert lines[1]["frac_reward_zero_std"] == 1
+
+
+VARIANTS = {
+    "no reference": ["--beta", "0"],
+    "k1": ["--kl_estimator", "k1", "--loss_type", "grpo"],
+    "two updates": ["--num_iterations", "2", "--loss_type", "dr_grpo", "--scale_rewards", "none"],
+    "bf16": ["--bf16", "true"],
+    "checkpointing": ["--gradient_checkpointing", "true"],
+    "batch": ["--scale_rewards", "batch"],
+    "sampling": ["--top_k", "20", "--top_p", "0.9", "--temperature", "1.2"],
+    "small packs": ["--tokens_per_pack", "1"],
+    "tracker": ["--report_to", "tensorboard"],
+    "pixels": ["--min_pixels", "12544", "--max_pixels", "12544"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
+    loads = []
+    load = grpo.run.load.load_weights
+    monkeypatch.setattr(grpo.run.load, "load_weights", lambda *a: loads.append(a) or load(*a))
+    lines = train(tmp_path / "run", *SHORT, *VARIANTS[name])
+    assert len(lines) == 3 and all(line["grad_norm"] >= 0 for line in lines[1:])
+    norms = [[line["grad_norm"] for line in run[1:]] for run in (lines, read_steps(plain))]
+    if name in ("small packs", "checkpointing", "tracker"):
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    elif name != "no reference":  # which the policy has hardly left in two steps
+        assert norms[0] != pytest.approx(norms[1], rel=1e-3)
+    assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
+    if name == "tracker":
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_two_updates_move_the_ratio(tmp_path):
+    """The second update of a rollout is off-policy: at a rate this high some tokens are clipped."""
+    argv = [*SHORT, "--num_iterations", "2", "--learning_rate", "5e-3", "--warmup_ratio", "0"]
+    lines = train(tmp_path / "run", *argv, "--num_generations", "8")
+    assert max(line["clip_ratio/low_mean"] + line["clip_ratio/high_mean"] for line in lines[1:]) > 0
+
+
+def test_weights_per_term(tmp_path):
+    with pytest.raises(ValueError, match="takes 2 numbers: accuracy, format"):
+        train(tmp_path / "run", *SHORT, "--reward_weights", "1")
+    lines = train(tmp_path / "run", *SHORT, "--reward_weights", "1", "0.25")
+    expected = lines[1]["rewards/accuracy/mean"] + 0.25 * lines[1]["rewards/format/mean"]
+    assert lines[1]["reward"] == pytest.approx(expected)
+
+
+def test_aliases_are_paid_for(tmp_path):
+    names = {s.name: [s.latin] for s in SPECIES}
+    (tmp_path / "aliases.json").write_text(json.dumps(names))
+    lines = train(tmp_path / "run", *SHORT, "--aliases", str(tmp_path / "aliases.json"))
+    assert lines[0]["eval/accuracy"] > 0.8
+
+
+def test_dynamic_sampling_keeps_groups_that_teach(tmp_path):
+    options = ["--dynamic_sampling", "--max_sampling_rounds", "6", "--seed", "3"]
+    lines = train(tmp_path / "run", *SHORT, *options)
+    assert all(line["frac_reward_zero_std"] == 0 for line in lines[1:])
+    assert any(line["sampling/prompts"] > 2 for line in lines[1:]), "nothing replaced: blunt"
+    assert all(line["sampling/prompts_kept"] == 2 for line in lines[1:])
+    kept = sum(c["tokens"] for c in read_lines(tmp_path / "run" / "completions.jsonl"))
+    assert lines[-1]["num_tokens"] > kept, "what was drawn and not kept counts too"
+    drawn = sum(line["sampling/prompts"] for line in lines[1:])
+    assert lines[-1]["epoch"] == pytest.approx(drawn / 480)
+
+
+def test_flags_that_could_do_nothing_are_refused(tmp_path):
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(detection_set(tmp_path))]
+    with pytest.raises(ValueError, match="--eval_steps: .* has no held-out split"):
+        train_det.main([*argv, "--eval_steps", "2"])
+    with pytest.raises(ValueError, match="--iou_threshold is 2.0; it must be .* below 1"):
+        train_det.main([*argv, "--iou_threshold", "2"])
+
+
+def test_a_frozen_vision_tower_encodes_each_image_once_and_stays(tmp_path, monkeypatch):
+    calls, encode = [], QwenVL.encode_images
+    monkeypatch.setattr(
+        QwenVL, "encode_images", lambda self, *a: calls.append(len(a[1])) or encode(self, *a)
+    )
+    options = [*SHORT, "--tokens_per_pack", "1", "--num_iterations", "2", "--eval_samples", "1"]
+    lines = train(tmp_path / "frozen", *options, "--freeze_vision")
+    assert calls == [1, 1, 2, 2, 1], "the first check, held out, two steps of two images, held out"
+    moving = train(tmp_path / "moving", *options)
+    assert lines[1]["reward"] == moving[1]["reward"], "the first rollout is the same"
+    assert 0 < lines[1]["grad_norm"] < moving[1]["grad_norm"]
+    before, after = (
+        load_file(f / "model.safetensors") for f in (CHECKPOINT, tmp_path / "frozen/final")
+    )
+    for name, weight in before.items():
+        assert torch.equal(weight.float(), after[name]) == name.startswith("visual."), name
+
+
+def test_without_a_kl_term_dead_groups_are_not_scored(tmp_path, monkeypatch):
+    packed, make_packs = [], train_cls.make_packs
+    monkeypatch.setattr(
+        train_cls,
+        "make_packs",
+        lambda groups, *a: packed.append(len(groups)) or make_packs(groups, *a),
+    )
+    options = [*SHORT, "--prompts_per_step", "4", "--seed", "1"]
+    lines = train(tmp_path / "run", *options, "--beta", "0")
+    alive = [round(4 * (1 - line["frac_reward_zero_std"])) for line in lines[1:]]
+    assert packed == alive and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
+    packed.clear()
+    same = train(tmp_path / "kl", *options, "--beta", "1e-12")
+    assert packed == [4, 4]
+    assert lines[1]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-4)
+
+    monkeypatch.setattr(train_cls, "score", lambda *_: {"accuracy": 1.0, "format": 1.0})
+    lines = train(tmp_path / "dead", *options, "--beta", "0")
+    assert all(line["grad_norm"] == 0 and "entropy" not in line for line in lines[1:])
+    assert torch.equal(
+        *(
+            load_file(f / "model.safetensors")["model.norm.weight"].float()
+            for f in (CHECKPOINT, tmp_path / "dead/final")
+        )
+    )
+
+
+def test_truncated_completions_can_be_left_out(tmp_path):
+    """At this length some are truncated: what is left is another gradient."""
+    options = [*SHORT, "--max_completion_length", "28", "--num_generations", "8"]
+    plain = train(tmp_path / "plain", *options)
+    masked = train(tmp_path / "masked", *options, "--mask_truncated_completions")
+    assert 0 < masked[1]["completions/clipped_ratio"] == plain[1]["completions/clipped_ratio"] < 1
+    assert masked[1]["grad_norm"] != plain[1]["grad_norm"]
+    buffered = train(tmp_path / "buffer", *SHORT, "--overlong_buffer", "20")
+    parts = buffered[1]["rewards/accuracy/mean"] + buffered[1]["rewards/format/mean"]
+    assert buffered[1]["reward"] < parts
