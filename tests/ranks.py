@@ -1,4 +1,8 @@
-"""What tests/test_ranks.py has several ranks do, under torchrun."""
+"""What tests/test_ranks.py has several ranks do, under torchrun.
+
+A launch costs seconds, so one pair of ranks does many things in turn: `python -m tests.ranks FILE`
+takes a JSON list of [function, arguments] and joins a new process group for each.
+"""
 
 import json
 import os
@@ -11,47 +15,52 @@ import torch
 
 import models.load
 import train_cls
-from grpo import dist
-from grpo.checkpoint import save_final
 from grpo.logps import pack_chunks
-from grpo.rollout import Group, filler, make_packs
+from grpo.optimizer import Optimizer
+from grpo.pack import filler, make_packs
+from grpo.ranks import Ranks, start
+from grpo.reward import RewardFault
+from grpo.rollout import Group
+from grpo.run.checkpoint import save_final
+from grpo.shard import checksum, full_copy, gather_weights, load_weights, make_mesh, materialize
 from models.load import empty_model
 from tests.tiny import tiny_prompt
 
 
-def runs(file: str) -> None:
-    """Trains once for each list of flags in a JSON file, in one pair of processes."""
-    for argv in json.loads(Path(file).read_text()):
-        assert train_cls.main(argv) == 0
+def train(*argv: str) -> None:
+    assert train_cls.main(list(argv)) == 0
 
 
-def gradient(folder: str, shard_size: str) -> None:
+def gradient(folder: str, shard_size: int) -> None:
     """Sums of gradients over ranks: rank 0 has two packs with images, rank 1 one without, and the
-    rest nothing at all; written whole by the main rank, and saved by all."""
-    ranks = dist.start(60)
-    mesh = dist.make_mesh(ranks, int(shard_size))
+    rest nothing at all; written by the main rank, and saved by all."""
+    ranks = start(60)
+    mesh = make_mesh(ranks, shard_size)
     for group in mesh.get_all_groups():
         assert group._get_backend(ranks.device).options._timeout.total_seconds() == 60
-    model = dist.place(empty_model(Path(folder)), ranks, torch.float32, mesh)
-    model.compute_device = torch.device("meta")  # as with --cpu_offload: not where weights are
+    model = materialize(empty_model(Path(folder)), ranks, torch.float32, mesh)
+    model.shared_by_ranks(
+        torch.device("meta"), True
+    )  # as with --cpu_offload: not where weights are
     assert model.bounds([(1,)]).device.type == "meta"
-    model.compute_device = ranks.device
-    dist.load_weights(model, Path(folder))
-    whole = dist.whole_model(model, empty_model(Path(folder)), ranks, torch.float32)
-    dist.gather_weights(model, whole)
+    model.shared_by_ranks(ranks.device, True)
+    load_weights(model, Path(folder))
+    full = full_copy(model, empty_model(Path(folder)), ranks, torch.float32)
+    gather_weights(model, full)
     packs = uneven_packs(model.config)[ranks.rank] if ranks.rank < 2 else []
-    packs += [filler()] * (int(ranks.most(len(packs))) - len(packs))
+    packs += [filler()] * (int(ranks.max(len(packs))) - len(packs))
     score(model, packs)
-    optimizer = dist.Optimizer(model, 0.0)
+    optimizer = Optimizer(model, 0.0)
     gathered = {n: g.full_tensor() for n, g in optimizer.gradients().items()}
     norm = optimizer.step(1e-2, 0.1)
-    sums = dist.checksum(model, ranks)
+    sums = checksum(model, ranks)
     after = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
-    models.load.MOST_BYTES = 20_000  # several files
+    limit, models.load.MAX_FILE_BYTES = models.load.MAX_FILE_BYTES, 20_000  # several files
     save_final(Path(folder), Path(folder), model, optimizer, ranks, torch.float32)
+    models.load.MAX_FILE_BYTES = limit
     if ranks.is_main:
         found = {"gradients": gathered, "norm": norm, "checksum": sums, "after": after}
-        torch.save(found | {"whole": whole.state_dict()}, Path(folder) / "found.pt")
+        torch.save(found | {"full": full.state_dict()}, Path(folder) / "found.pt")
     ranks.wait()
     ranks.stop()
 
@@ -70,32 +79,29 @@ def uneven_packs(config) -> list[list]:
 
 def score(model, packs) -> None:
     for pack in packs:
-        for part, logps, _ in pack_chunks(model, pack, 1.0, None):
-            weights = torch.arange(1.0, 100.0)[part]
-            (logps * weights).sum().backward()
+        for tokens in pack_chunks(model, pack, 1.0):
+            weights = torch.arange(1.0, 100.0)[tokens.start :][: len(tokens.logps)]
+            (tokens.logps * weights).sum().backward()
 
 
-def lost(how: str, phase: str, folder: str) -> None:
-    """A run in which rank 1 dies, stops or raises as soon as it is in a phase of step 2; where
-    torchrun starts it again, it goes on."""
-    enter = dist.Ranks.enter
-
-    def watched(self, name: str) -> None:
-        enter(self, name)
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first and self.rank == 1 and name == f"{phase} of step 2":
-            if how == "raises":
-                raise ValueError("a fault of rank 1")
-            os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
-
-    dist.Ranks.enter = watched
-    sys.argv[1:] = ["--output_dir", folder, "--timeout", "10", "--max_steps", "4", *SMALL]
-    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
-    started = time.monotonic()
-    try:
-        train_cls.run(train_cls.main)
-    finally:
-        print(f"left after {time.monotonic() - started:.0f} s", flush=True)
+def agree(folder: str) -> None:
+    """A fault on rank 1 alone is raised on both, and they go on together after it."""
+    ranks = start(60)
+    said = []
+    for kind in (RewardFault, ValueError):
+        try:
+            with ranks.agree():
+                if ranks.rank == 1:
+                    raise kind("a fault of rank 1")
+        except kind as error:
+            said.append(f"{type(error).__name__}: {error}")
+    with ranks.agree():
+        pass
+    gathered = ranks.gather([said])
+    if ranks.is_main:
+        Path(folder, "agree.json").write_text(json.dumps(gathered))
+    ranks.wait()
+    ranks.stop()
 
 
 def rough(folder: str) -> None:
@@ -103,32 +109,64 @@ def rough(folder: str) -> None:
     collectives wait, and alone has a loss that is not a number (step 2) and an infinite gradient
     (step 3), and is told to end (step 4)."""
     os.chdir(folder)
-    train_cls.time.strftime = lambda _: f"rank-{os.environ['RANK']}"
-    true_loss, enter, checked = train_cls.policy_loss, dist.Ranks.enter, train_cls.checked
+    clock, true_loss = time.strftime, train_cls.policy_loss
+    enter, check_rows = Ranks.enter, train_cls.check_rows
+    slept = []
 
-    def slowly(*arguments):
-        time.sleep(8 * int(os.environ["RANK"]))
-        return checked(*arguments)
+    def slowly(rows, *arguments):
+        ranks = here["ranks"]
+        if not slept and ranks.rank == 1:  # longer than --timeout, but it shows progress
+            slept.extend(ranks.progress(slow_rows(ranks.timeout), "slow rows", 6))
+        return check_rows(rows, *arguments)
+
+    def slow_rows(timeout: float):
+        for row in range(6):
+            time.sleep(timeout / 4)
+            yield row
 
     def broken(*arguments):
         loss, stats = true_loss(*arguments)
-        if here == "training of step 2 on rank 1":
+        if here["phase"] == "training of step 2 on rank 1":
             loss = loss * float("nan")
-        if here == "training of step 3 on rank 1":
+        if here["phase"] == "training of step 3 on rank 1":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss, stats
 
     def watched(self, name: str) -> None:
-        nonlocal here
         enter(self, name)
-        here = f"{name} on rank {self.rank}"
-        if here == "training of step 4 on rank 1":
+        here.update(phase=f"{name} on rank {self.rank}", ranks=self)
+        if here["phase"] == "training of step 4 on rank 1":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    here = ""
-    train_cls.policy_loss, dist.Ranks.enter, train_cls.checked = broken, watched, slowly
-    argv = ["--max_steps", "6", "--timeout", "12", *SMALL]
-    print(f"code {train_cls.main(argv)}", flush=True)
+    here: dict = {"phase": ""}
+    time.strftime = lambda _: f"rank-{os.environ['RANK']}"
+    train_cls.policy_loss, Ranks.enter, train_cls.check_rows = broken, watched, slowly
+    try:
+        code = train_cls.main(["--max_steps", "6", "--timeout", "4", *SMALL])
+        print(f"code {code}", flush=True)
+    finally:
+        time.strftime, train_cls.policy_loss = clock, true_loss
+        Ranks.enter, train_cls.check_rows = enter, check_rows
+
+
+def lost(how: str, moments: list[str], folder: str, timeout: int) -> None:
+    """A run in which rank 1 dies, stops or raises as soon as it is in a phase; each time that
+    torchrun starts it again, in the next of `moments`, and after the last one not at all."""
+    enter = Ranks.enter
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    moment = moments[attempt] if attempt < len(moments) else None
+
+    def watched(self, name: str) -> None:
+        enter(self, name)
+        if self.rank == 1 and name == moment:
+            if how == "raises":
+                raise ValueError("a fault of rank 1")
+            os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
+
+    Ranks.enter = watched
+    sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "4", *SMALL]
+    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
+    train_cls.run_and_exit(train_cls.main)
 
 
 SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--eval_samples", "2"]
@@ -136,6 +174,7 @@ SMALL += ["--max_completion_length", "40", "--save_steps", "1"]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"runs": runs, "gradient": gradient, "lost": lost, "rough": rough}[sys.argv[1]](*sys.argv[2:])
+    for function, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        globals()[function](*arguments)
     sys.stdout.flush()
-    os._exit(0)  # see grpo.cli.run
+    os._exit(0)  # see grpo.run.exits.run_and_exit

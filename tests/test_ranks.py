@@ -1,49 +1,34 @@
-"""Several ranks by torchrun and gloo: they compute what one computes, and none waits for ever."""
+"""Several ranks by torchrun and gloo: they compute what one computes, and none waits forever."""
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import tests.runs
 import train_cls
-from grpo import dist
-from grpo.log import LOWER
-from models.config import read_config
+from grpo.optimizer import Optimizer
+from grpo.ranks import Ranks
+from grpo.run.clock import WHAT_TO_LOWER
+from grpo.shard import check_sharding, checksum
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
-from tests.test_scripts import read_lines, same_signal_handlers, timeless  # noqa: F401
+from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
 from tests.tiny import tiny_config, tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 240  # seconds: whoever waits longer hangs
+ALONE = Ranks(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.slow
 
 
-def torchrun(ranks: int, *argv: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += [f"--max_restarts={restarts}", "--shutdown-timeout=5"]
-    command += [f"--master_port={random.randrange(20000, 60000)}", "-m", "tests.ranks", *argv]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
+    """`ranks` ranks that call these functions of tests/ranks.py one after the other."""
+    folder.mkdir(exist_ok=True)
+    (folder / "calls.json").write_text(json.dumps(calls))
+    command = ("-m", "tests.ranks", str(folder / "calls.json"))
+    return tests.runs.torchrun(ranks, *command, restarts=restarts)
 
 
 SAME = ["--max_steps", "3", *SMALL, "--learning_rate", "1e-3", "--seed", "7"]
@@ -58,19 +43,57 @@ CASES = {
     "copies": ["--shard_size", "1"],
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
+RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
+GRADIENTS = [(2, 2, False), (2, 2, True), (4, 4, True), (4, 2, False)]
 
 
-def test_two_ranks_compute_what_one_computes(tmp_path):
-    """Completions and rewards the same, numbers and weights to rounding, step after step."""
-    lists = [["--output_dir", str(tmp_path / n), *SAME, *CASES[n]] for n in CASES]
-    (tmp_path / "runs.json").write_text(json.dumps(lists))
-    out = torchrun(2, "runs", str(tmp_path / "runs.json"))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """One pair of ranks that does what the tests below look at: the folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("two")
+    calls = [["train", ["--output_dir", str(folder / n), *SAME, *CASES[n]]] for n in CASES]
+    # a run of one rank, cut after step 2, is resumed by two ranks
+    assert train_cls.main(["--output_dir", str(folder / "whole"), *RESUMED]) == 0
+    shutil.copytree(folder / "whole", folder / "run")
+    for later in ("checkpoint-4", "checkpoint-6", "final"):
+        shutil.rmtree(folder / "run" / later)
+    again = ["--output_dir", str(folder / "run"), "--resume_from_checkpoint", "auto"]
+    calls.append(["train", again])
+    calls += gradient_calls(folder, 2)
+    calls.append(["agree", [str(folder)]])
+    (folder / "rough").mkdir()
+    calls.append(["rough", [str(folder / "rough")]])  # the last: it changes the directory
+    out = torchrun(2, folder, *calls)
     assert out.returncode == 0, out.stderr[-4000:]
-    for name, flags in CASES.items():
-        alone = tmp_path / "alone" / name
-        flags = [] if flags[0] in SHARDING else flags
-        assert train_cls.main(["--output_dir", str(alone), *SAME, *flags]) == 0
-        compare(alone, tmp_path / name, name)
+    return folder, out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    out = torchrun(4, folder, *gradient_calls(folder, 4))
+    assert out.returncode == 0, out.stderr[-4000:]
+    return folder
+
+
+def gradient_calls(folder: Path, world: int) -> list:
+    calls = []
+    for ranks, shard_size, tied in GRADIENTS:
+        if ranks == world:
+            model = tiny_model(tiny_config(tied=tied), torch.float32, scale=1)
+            place = folder / f"gradient-{shard_size}-{tied}"
+            save_model(dict(model.named_parameters()), model, place, place)
+            calls.append(["gradient", [str(place), shard_size]])
+    return calls
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_compute_what_one_computes(two, name, tmp_path):
+    """Completions and rewards the same, numbers and weights to rounding, step after step."""
+    folder, _ = two
+    flags = [] if CASES[name][0] in SHARDING else CASES[name]
+    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *flags]) == 0
+    compare(tmp_path / "alone", folder / name, name)
 
 
 def compare(one: Path, two: Path, name: str) -> None:
@@ -86,109 +109,127 @@ def compare(one: Path, two: Path, name: str) -> None:
             if key != "sampling/logp_difference_max":  # itself rounding
                 assert b[key] == pytest.approx(value, rel=2e-3, abs=2e-5), f"{name}: {key}"
     weights = [load_file(run / "final" / "model.safetensors") for run in (one, two)]
-    start = load_file(ROOT / "data/demo_cls/checkpoint/model.safetensors")
+    start = load_file(CHECKPOINT / "model.safetensors")
     moved = max((weights[0][k] - start[k].float()).abs().max() for k in start)
     apart = max((weights[0][k] - weights[1][k]).abs().max() for k in start)
     # Adam divides by the gradient's own size: where that is rounding, so is the step's direction
     assert apart <= 0.2 * moved, f"{name}: {apart} after a way of {moved}"
 
 
-@pytest.mark.parametrize(
-    "ranks, shard_size, tied", [(2, 2, False), (2, 2, True), (4, 4, True), (4, 2, False)]
-)
-def test_the_summed_gradient_is_that_of_one_rank(tmp_path, ranks, shard_size, tied):
+@pytest.mark.parametrize("ranks, shard_size, tied", GRADIENTS)
+def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, tied):
     """One rank with images and one without; of four ranks two have nothing, and rows do not divide
-    evenly. Weights arrive whole in the sampling copy and on the disk, and the checksum is the
-    same; also for two copies of two shards."""
-    config = tiny_config(tied=tied)
-    model = tiny_model(config, torch.float32, scale=1)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
-    assert read_config(tmp_path) == config
-    out = torchrun(ranks, "gradient", str(tmp_path), str(shard_size))
-    assert out.returncode == 0, out.stderr[-4000:]
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    plain = load_model(tmp_path, torch.float32, "cpu")
+    evenly. The full copy and the files hold every weight, and the checksum is the same; also for
+    two copies of two shards."""
+    folder = request.getfixturevalue("two")[0] if ranks == 2 else request.getfixturevalue("four")
+    folder = folder / f"gradient-{shard_size}-{tied}"
+    found = torch.load(folder / "found.pt", weights_only=True)
+    plain = load_model(folder, torch.float32, "cpu")
+    assert plain.config == tiny_config(tied=tied)
     for name, weight in plain.named_parameters():
-        assert torch.equal(found["whole"][name], weight), name
-    for packs in uneven_packs(config):
+        assert torch.equal(found["full"][name], weight), name
+    for packs in uneven_packs(plain.config):
         score(plain, packs)
-    optimizer = dist.Optimizer(plain, 0.0)
+    optimizer = Optimizer(plain, 0.0)
     for name, gradient in optimizer.gradients().items():
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-4)
-    alone = dist.Ranks(0, 1, torch.device("cpu"))
     assert found["norm"] == pytest.approx(optimizer.step(1e-2, 0.1), rel=1e-5)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(found["after"][name], parameter, rtol=1e-3, atol=1e-3)
             parameter.copy_(found["after"][name])
-    assert dist.checksum(plain, alone) == found["checksum"]
-    assert len(list((tmp_path / "final").glob("*.safetensors"))) > 3
-    saved = load_model(tmp_path / "final", torch.float32, "cpu")
-    assert dist.checksum(saved, alone) == found["checksum"]
+    assert checksum(plain, ALONE) == found["checksum"]
+    assert len(list((folder / "final").glob("*.safetensors"))) > 3
+    saved = load_model(folder / "final", torch.float32, "cpu")
+    assert checksum(saved, ALONE) == found["checksum"]
     next(plain.parameters()).data.view(torch.int32).view(-1)[3] += 1
-    assert dist.checksum(plain, alone) != found["checksum"]
+    assert checksum(plain, ALONE) != found["checksum"]
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):
     """1 -> 2 -> 1 ranks, against one that was never stopped."""
-    options = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert train_cls.main(["--output_dir", str(whole), *options]) == 0
-    shutil.copytree(whole, run)
-    for later in ("checkpoint-4", "checkpoint-6", "final"):
-        shutil.rmtree(run / later)
-    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
-    (tmp_path / "runs.json").write_text(json.dumps([again]))
-    out = torchrun(2, "runs", str(tmp_path / "runs.json"))
-    assert out.returncode == 0 and "checkpoint-2, step 2" in out.stdout, out.stderr[-4000:]
+    folder, out = two
+    assert "checkpoint-2, step 2" in out.stdout
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
     shutil.rmtree(run / "checkpoint-6")
+    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
     assert train_cls.main(again) == 0
-    lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(7))
-    assert ["ranks/load_imbalance" in line for line in lines] == [False] * 3 + [True] * 2 + [
-        False
-    ] * 2
-    compare(whole, run, "resumed")
+    steps = read_steps(run)
+    assert [line["step"] for line in steps] == list(range(7))
+    by_two = ["ranks/load_imbalance" in line for line in steps]
+    assert by_two == [False] * 3 + [True] * 2 + [False] * 2
+    compare(folder / "whole", run, "resumed")
 
 
-@pytest.mark.parametrize("how, phase", [("dies", "rollout"), ("stops", "training")])
-def test_a_dead_or_stuck_rank_is_named(tmp_path, how, phase):
-    out = torchrun(2, "lost", how, phase, str(tmp_path / "run"))
+def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tmp_path):
+    """config.yaml has --timeout and --shard_size, which one rank has no use for."""
+    run = tmp_path / "run"
+    shutil.copytree(two[0] / "copies", run)
+    with (run / "config.yaml").open("a") as file:
+        file.write("timeout: 60.0\n")
+    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
+    assert train_cls.main(again) == 0
+    with pytest.raises(ValueError, match="--shard_size has no effect here"):
+        train_cls.main([*again, "--shard_size", "1"])
+
+
+def test_a_fault_on_one_rank_is_raised_on_all(two):
+    gathered = json.loads((two[0] / "agree.json").read_text())
+    assert gathered == [["RewardFault: a fault of rank 1", "ValueError: a fault of rank 1"]] * 2
+
+
+def test_one_rank_shows_the_progress_of_the_image_checks(two):
+    bars = two[1].stderr.replace("\r", "\n").splitlines()
+    bars = [line for line in bars if "split 'train' images:   0%" in line]
+    runs = len(CASES) + 2  # and the resumed one, and the rough one
+    assert len(bars) == runs
+
+
+@pytest.mark.parametrize("how, moment", [("stops", "training of step 2"), ("stops", "checks")])
+def test_a_stuck_rank_is_named(tmp_path, how, moment):
+    """In the middle of a step, and before the first collective."""
+    out = torchrun(2, tmp_path, ["lost", [how, [moment], str(tmp_path / "run"), 5]])
     assert out.returncode != 0
-    said = f"rank 1 is dead or stuck in {phase} of step 2"
+    said = f"rank 1 is dead or stuck in {moment}"
     assert "stopped: in " in out.stderr and said in out.stderr, out.stderr[-3000:]
     assert "exitcode  : 4" in out.stderr or "exitcode: 4" in " ".join(out.stderr.split())
-    assert (tmp_path / "run" / "checkpoint-1" / "state.json").exists()
+    assert (tmp_path / "run" / "checkpoint-1" / "state.json").exists() == ("step" in moment)
     assert "[rank0]:" not in out.stderr, "a traceback"
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
-    out = torchrun(2, "lost", "dies", "training", str(tmp_path / "run"), restarts=1)
+    """Twice: in the rollout of step 2, then in the training of step 3."""
+    moments = ["rollout of step 2", "training of step 3"]
+    call = ["lost", ["dies", moments, str(tmp_path / "run"), 10]]
+    out = torchrun(2, tmp_path, call, restarts=2)
     assert out.returncode == 0, out.stderr[-3000:]
-    assert "rank 1 is dead or stuck in training of step 2" in out.stderr
+    for moment in moments:
+        assert f"rank 1 is dead or stuck in {moment}" in out.stderr
+    assert "[rank0]:" not in out.stderr, "a traceback"
     assert "has no checkpoint to resume from yet" in out.stdout
-    assert "checkpoint-1, step 1" in out.stdout
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [*range(5)]
+    assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
+    assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(5)]
 
 
 def test_a_rank_that_fails_tells_the_others_why(tmp_path):
-    out = torchrun(2, "lost", "raises", "training", str(tmp_path / "run"))
+    call = ["lost", ["raises", ["training of step 2"], str(tmp_path / "run"), 10]]
+    out = torchrun(2, tmp_path, call)
     assert out.returncode != 0
     assert "rank 1 left: a fault of rank 1" in out.stderr, out.stderr[-3000:]
 
 
-def test_what_one_rank_meets_all_ranks_act_upon(tmp_path):
+def test_what_one_rank_meets_all_ranks_act_upon(two):
     """A loss and a gradient that are not finite, and a signal, on rank 1 alone; which checks its
     rows slowly and has another clock to name the run folder by."""
-    run = tmp_path / "rank-0"
-    out = torchrun(2, "rough", str(tmp_path))
-    assert out.returncode == 0, out.stderr[-4000:]
+    folder, out = two
+    run = folder / "rough" / "rank-0"
     assert out.stdout.count("code 130") == 2, out.stdout
-    lines = read_lines(run / "metrics.jsonl")
-    assert [line.get("skipped_steps") for line in lines] == [None, 0, 1, 2, 2]
-    assert [line.get("grad_norm") is None for line in lines[1:]] == [False, True, True, False]
+    steps = read_steps(run)
+    assert [line.get("skipped_steps") for line in steps] == [None, 0, 1, 2, 2]
+    assert [line.get("grad_norm") is None for line in steps[1:]] == [False, True, True, False]
     assert len(read_lines(run / "bad-step-2.jsonl")) == len(read_lines(run / "bad-step-3.jsonl"))
-    assert [path.name for path in tmp_path.iterdir()] == ["rank-0"]
+    assert [path.name for path in (folder / "rough").iterdir()] == ["rank-0"]
     load_model(run / "checkpoint-4", torch.float32, "cpu")
     weights = [load_file(run / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3, 4)]
     for skipped in weights[1:3]:
@@ -196,17 +237,14 @@ def test_what_one_rank_meets_all_ranks_act_upon(tmp_path):
     assert any(not torch.equal(weight, weights[3][name]) for name, weight in weights[0].items())
 
 
-def test_flags_of_sharding_that_mean_nothing_are_refused():
-    alone, two = (dist.Ranks(0, world, torch.device("cpu")) for world in (1, 2))
-    for ranks, flags in ((alone, (1, True, False)), (alone, (None, False, False))):
-        with pytest.raises(ValueError, match="one rank does not shard"):
-            dist.check_sharding(ranks, *flags)
+def test_sharding_that_these_ranks_cannot_do_is_refused():
+    ranks = Ranks(0, 2, torch.device("cpu"))
     with pytest.raises(ValueError, match="3 does not divide the 2 ranks"):
-        dist.check_sharding(two, 3, True, False)
+        check_sharding(ranks, 3, False)
     with pytest.raises(ValueError, match="the device is the CPU already"):
-        dist.check_sharding(two, None, True, True)
-    dist.check_sharding(two, 2, False, False)
+        check_sharding(ranks, None, True)
+    check_sharding(ranks, 2, False)
 
 
 def test_every_phase_that_can_run_out_of_memory_says_what_to_lower():
-    assert all(text.count("--") for text in LOWER.values())
+    assert all(text.count("--") for text in WHAT_TO_LOWER.values())
