@@ -7,6 +7,7 @@ takes a JSON list of [function, arguments] and joins a new process group for eac
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -161,8 +162,19 @@ def lost(how: str, moments: list[str], folder: str, timeout: int) -> None:
         if self.rank == 1 and name == moment:
             if how == "raises":
                 raise ValueError("a fault of rank 1")
+            if how == "stops":
+                kill_after(other)
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
+    def kill_after(file: Path) -> None:
+        """Kills this process once the other has ended: torchrun would wait for it for 30 s."""
+        alive = f"grep -qs '^State:.[RSD]' /proc/{file.read_text()}/status"
+        wait = f"while {alive}; do sleep 0.1; done; sleep 1; kill -9 {os.getpid()}"
+        subprocess.Popen(wait, shell=True, start_new_session=True)  # torchrun ends its group
+
+    other = Path(f"{folder}.rank-0")
+    if os.environ["RANK"] == "0":
+        other.write_text(str(os.getpid()))
     Ranks.enter = watched
     sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "4", *SMALL]
     sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]

@@ -84,6 +84,7 @@ def genuine_checkpoint(folder: Path) -> Path:
 
 
 TINY_RUN = ["--max_steps", "3", "--prompts_per_step", "2", "--num_generations", "2"]
+TINY_RUN += ["--max_completion_length", "6", "--max_pixels", "50176", "--eval_samples", "2"]
 
 
 def logits_here_and_in_transformers(folder: Path, image, problem: str):
