@@ -1,0 +1,150 @@
+"""The shape of the code: GRPO on one screen in each script, and imports that point one way."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import train_cls
+import train_det
+from tests.runs import ROOT
+
+SCRIPTS = (train_cls, train_det)
+TRAIN = inspect.getsource(train_cls.train)
+HOUSES = ("demo", "grpo", "models", "rewards", "data")
+SOURCES = [path for house in HOUSES for path in (ROOT / house).rglob("*.py")]
+SOURCES += [ROOT / "train_cls.py", ROOT / "train_det.py"]
+
+
+@pytest.mark.parametrize("name", ["judge", "train", "main"])
+def test_the_loop_is_the_same_in_both_scripts_to_the_letter(name):
+    """It stands in both, so that each can be read alone; it must not drift apart."""
+    one, two = (inspect.getsource(getattr(script, name)) for script in SCRIPTS)
+    assert one == two
+
+
+def calls(source: str, first: int = 0) -> list[str]:
+    """Names of what is called, in the order of the text, from line `first` on."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    nodes = [node for node in nodes if node.lineno >= first]
+    nodes.sort(key=lambda node: (node.lineno, node.col_offset))
+    return [ast.unparse(node.func) for node in nodes]
+
+
+STEPS = [
+    "sample_groups",
+    "judge",
+    "group_advantages",
+    "token_weights",
+    "pack_logps",
+    "policy_loss",
+    "loss.backward",
+    "optimizer.step",
+    "run.report",
+]
+
+
+def test_the_six_steps_are_in_the_loop_in_order():
+    loop = calls(TRAIN, first=TRAIN[: TRAIN.index("# 1. Sample")].count("\n"))
+    places = [loop.index(name) for name in STEPS]
+    assert places == sorted(places)
+    assert [n for n in re.findall(r"\b([1-6])\. [A-Zr]", TRAIN)] == list("123456")
+    assert "score" in calls(inspect.getsource(train_cls.judge))
+
+
+def test_without_the_lines_of_run_the_loop_is_still_grpo():
+    kept = [line for line in TRAIN.splitlines() if not line.strip().startswith("run.")]
+    left = calls("\n".join(kept))
+    assert set(STEPS) - {"run.report"} <= set(left)
+
+
+def test_the_loop_fits_a_screen_or_two():
+    lines = TRAIN.splitlines()
+    first = next(i for i, line in enumerate(lines) if "# 1. Sample" in line)
+    last = next(i for i, line in enumerate(lines) if "run.report(" in line)
+    assert last - first + 1 <= 90
+    assert len(lines) < 120
+    for script in SCRIPTS:
+        assert len(inspect.getsource(script).splitlines()) <= 330
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    """A page that reads well may be longer: then raise the limit, and say why."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 370
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name != "train":
+            assert node.end_lineno - node.lineno < 95, node.name
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = node.module
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if module_file(name)}
+            found |= modules or {base}
+    return {name for name in found if module_file(name)}
+
+
+def module_file(name: str) -> Path | None:
+    base = ROOT / name.replace(".", "/")
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file() and path in KNOWN:
+            return path
+    return None
+
+
+KNOWN = set(SOURCES)
+
+# room -> the rooms that it may import; the longest name that fits a file is its room
+MAY_IMPORT = {
+    "train_cls": ("data", "grpo", "models", "rewards"),
+    "train_det": ("data", "grpo", "models", "rewards"),
+    "demo": ("demo", "data", "grpo", "models", "rewards"),
+    "grpo.run": ("grpo", "models", "data", "rewards.parse"),
+    "grpo.threads": (),
+    "grpo": ("grpo", "models"),
+    "models": ("models",),
+    "data": ("data",),
+    "rewards": ("rewards",),
+}
+
+
+def inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    room = next(room for room in MAY_IMPORT if inside(name, room))
+    for imported in imports(path):
+        assert any(inside(imported, allowed) for allowed in MAY_IMPORT[room]), imported
+        if room == "grpo":
+            assert not inside(imported, "grpo.run"), f"{imported}: the algorithm knows no run"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: {module_file(name) for name in imports(path)} - {path} for path in SOURCES}
+    while graph:
+        leaves = {path for path, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, sorted(str(path.relative_to(ROOT)) for path in graph)
+        graph = {path: needs for path, needs in graph.items() if path not in leaves}
+
+
+def test_the_life_of_a_run_computes_no_loss():
+    """checks.py and plan.py look before the first step; config.py lists the names for --help."""
+    for path in (ROOT / "grpo" / "run").glob("*.py"):
+        if path.name not in ("checks.py", "plan.py", "config.py"):
+            assert not {"grpo.loss", "grpo.logps"} & imports(path), path.name
+        if path.name != "checks.py":
+            made = calls(path.read_text())
+            assert not {"policy_loss", "loss.backward", "optimizer.step", "score"} & set(made)
