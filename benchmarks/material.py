@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data.demo_cls import make as demo
-from data.warm_start import SPECIAL, make_folder
+from demo import make_cls as demo
+from demo.warm_start import SPECIAL, make_folder
 from models.config import parse_config
 from models.load import save_model
 from models.qwen_vl import QwenVL

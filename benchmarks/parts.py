@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.material import PROBLEM, make_checkpoint, make_images
 from benchmarks.step import GROUP, PROMPTS
 from data.images import open_image
-from grpo import dist
 from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
-from grpo.rollout import make_packs, sample_groups
+from grpo.optimizer import Optimizer
+from grpo.pack import make_packs
+from grpo.rollout import sample_groups
 from models.cache import KVCache
 from models.decode import DecodeStep
 from models.generate import Sampling, sample, with_image_features
@@ -97,18 +98,20 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
 
     prompts = encode()
     never = (*processor.suppressed_ids, *processor.stop_ids)
-    sampling = Sampling(options.completion, suppressed_ids=never)
-    groups = sample_groups(model, prompts, options.group, sampling, 0, 1, range(PROMPTS))
-    (pack,), (half,) = make_packs(groups, 10**9), make_packs(groups[: PROMPTS // 2], 10**9)
-    scoring = (1.0, torch.tensor(never))
-    samples, device = PROMPTS * options.group, torch.device("cpu")
+    model.suppressed_ids = torch.tensor(never)
+    sampling = Sampling(options.completion, num_generations=options.group)
+    groups = sample_groups(model, prompts, sampling, 0, 1, range(PROMPTS))
+    ones = torch.ones(PROMPTS, options.group)
+    (pack,) = make_packs(groups, 10**9, (ones, ones))
+    (half,) = make_packs(groups[: PROMPTS // 2], 10**9, (ones, ones))
+    head = (1.0, model.suppressed_ids)  # temperature, and what is never sampled
+    samples = PROMPTS * options.group
     uniforms = torch.rand(samples, dtype=torch.float64)
     tokens = torch.tensor([c[0] for g in groups for c in g.completion_ids])
     width, weight = model.config.hidden_size, model.head_weight
     hidden = torch.randn(len(pack.targets), width, requires_grad=True)
     logits = torch.randn(samples, len(weight))
-    optimizer = dist.Optimizer(model, 0.0)
-    ranks = dist.Ranks(0, 1, device)
+    optimizer = Optimizer(model, 0.0)
     input_ids = torch.cat([p.input_ids for p in prompts])
     positions = torch.cat([p.position_ids for p in prompts], dim=1)
     bounds = model.bounds([(len(p),) for p in prompts])
@@ -133,8 +136,8 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
         step(tokens, where, cache)
         cache.length -= 1
 
-    def train(chunks):
-        for _, logps, _ in chunks:
+    def train(logps_of_chunks):
+        for logps in logps_of_chunks:
             logps.sum().backward()
         hidden.grad = None
         model.zero_grad(set_to_none=True)
@@ -146,7 +149,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     def update():
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step(ranks, 0.0, 1.0)
+        optimizer.step(0.0, 1.0)
 
     return {
         "images to patches (PIL)": (encode, 0),
@@ -158,22 +161,30 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
             weight.nbytes,
         ),
         "its draw": (no_grad(lambda: sample(logits, sampling, uniforms)), logits.nbytes),
-        "reference pass": (no_grad(lambda: pack_logps(model, pack, *scoring)), vision),
+        "reference pass": (no_grad(lambda: pack_logps(model, pack, 1.0)), vision),
         "the head's part": (
-            no_grad(lambda: token_logps(hidden, weight, pack.targets, *scoring)),
+            no_grad(lambda: token_logps(hidden, weight, pack.targets, *head)),
             weight.nbytes,
         ),
         "training pass": (
-            lambda: train(pack_chunks(model, pack, *scoring)),
+            lambda: train(t.logps for t in pack_chunks(model, pack, 1.0)),
             3 * (decoder + vision),
         ),
         "the head's part of it": (
-            lambda: train(token_chunks(hidden, weight, pack.targets, *scoring)),
+            lambda: train(
+                logps for _, logps, _ in token_chunks(hidden, weight, pack.targets, *head)
+            ),
             3 * weight.nbytes,
         ),
         # what --beta 0 leaves out where half of the groups have no advantage; and --freeze_vision
-        "training, half the groups": (lambda: train(pack_chunks(model, half, *scoring)), 0),
-        "training, vision frozen": (lambda: train(pack_chunks(model, frozen, *scoring)), 0),
+        "training, half the groups": (
+            lambda: train(t.logps for t in pack_chunks(model, half, 1.0)),
+            0,
+        ),
+        "training, vision frozen": (
+            lambda: train(t.logps for t in pack_chunks(model, frozen, 1.0)),
+            0,
+        ),
         "optimizer": (update, 8 * nbytes(model)),
     }
 

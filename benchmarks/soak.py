@@ -51,8 +51,7 @@ def soak(folder: Path, kills: int, longest: float, seed: int, argv: list[str]) -
     chance, told = random.Random(seed), []
     while len(told) < kills:
         moment = chance.uniform(0.5, longest)
-        resuming = ["--resume_from_checkpoint", "auto"] if (cut / "metrics.jsonl").exists() else []
-        process = start(cut, [*options, *resuming])
+        process = start(cut, [*options, "--resume_from_checkpoint", "auto"])
         try:
             process.communicate(timeout=moment)
             if process.returncode:

@@ -59,17 +59,16 @@ def ours(settings: dict) -> dict:
     import train_cls
 
     imported = resident()
-    sampling, score = train_cls.Sampling, train_cls.score
+    score = train_cls.score
 
-    def endless(**fields):
-        never = (*fields["suppressed_ids"], *fields["stop_ids"])
-        return sampling(**fields | {"suppressed_ids": never})
+    class Endless(train_cls.Processor):
+        suppressed_ids = property(lambda self: [*super().suppressed_ids, *self.stop_ids])
 
     def scored(completion, *arguments):
         true = score(completion, *arguments)
         return true if all(true.values()) else {name: random_reward(completion) for name in true}
 
-    train_cls.Sampling, train_cls.score = endless, scored
+    train_cls.Processor, train_cls.score = Endless, scored
     run = Path(settings["folder"]) / f"run-{os.getpid()}"
     argv = f"--prompts_per_step {PROMPTS} --num_generations {settings['group']} --beta {BETA} "
     argv += f"--max_completion_length {settings['completion']} --max_steps {settings['steps'] + 1} "
