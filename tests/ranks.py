@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+import grpo.ranks
 import models.load
 import train_cls
+from data.virft import load
 from grpo.logps import pack_chunks
 from grpo.optimizer import Optimizer
 from grpo.pack import filler, make_packs
@@ -25,6 +27,7 @@ from grpo.rollout import Group
 from grpo.run.checkpoint import save_final
 from grpo.shard import checksum, full_copy, gather_weights, load_weights, make_mesh, materialize
 from models.load import empty_model
+from models.processor import Processor
 from tests.tiny import tiny_prompt
 
 
@@ -150,12 +153,13 @@ def rough(folder: str) -> None:
         Ranks.enter, train_cls.check_rows = enter, check_rows
 
 
-def lost(how: str, moments: list[str], folder: str, timeout: int) -> None:
-    """A run in which rank 1 dies, stops or raises as soon as it is in a phase; each time that
-    torchrun starts it again, in the next of `moments`, and after the last one not at all."""
+def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
+    """A run in which rank 1 dies, stops or raises (how) as soon as it enters a phase (moment); each
+    time that torchrun starts it again the next of `faults` happens, and after the last one none."""
+    grpo.ranks.GRACE = 1.0  # seconds: both ranks are on this machine
     enter = Ranks.enter
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    moment = moments[attempt] if attempt < len(moments) else None
+    how, moment = faults[attempt] if attempt < len(faults) else (None, None)
 
     def watched(self, name: str) -> None:
         enter(self, name)
@@ -181,11 +185,17 @@ def lost(how: str, moments: list[str], folder: str, timeout: int) -> None:
     train_cls.run_and_exit(train_cls.main)
 
 
+CHECKPOINT = Path(train_cls.DEMO).parent / "checkpoint"
 SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--eval_samples", "2"]
 SMALL += ["--max_completion_length", "40", "--save_steps", "1"]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    Processor(
+        CHECKPOINT
+    )  # both ranks import and draw at once; a run lets the main rank do it first
+    for split in ("train", "test"):
+        load("demo:flowers", split)
     for function, arguments in json.loads(Path(sys.argv[1]).read_text()):
         globals()[function](*arguments)
     sys.stdout.flush()

@@ -36,10 +36,10 @@ def test_the_demo_learns(tmp_path):
 def test_the_detection_demo_learns(tmp_path):
     """A quarter of the demo's steps; README quotes the whole."""
     run = tmp_path / "run"
-    argv = ["--max_steps", "30", "--eval_samples", "96", "--output_dir", str(run)]
+    argv = ["--max_steps", "20", "--eval_samples", "72", "--output_dir", str(run)]
     assert train_det.main(argv) == 0
     before, after = (read_steps(run)[i] for i in (0, -1))
-    for step, line in ((0, before), (30, after)):
+    for step, line in ((0, before), (20, after)):
         answers = read_lines(run / f"eval-{step}.jsonl")
         scenes = load("demo:scenes", "test")
         rewards = [iou_reward(a["completion"], scenes[a["row"]].solution) for a in answers]

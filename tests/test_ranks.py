@@ -31,7 +31,7 @@ def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
     return tests.runs.torchrun(ranks, *command, restarts=restarts)
 
 
-SAME = ["--max_steps", "3", *SMALL, "--learning_rate", "1e-3", "--seed", "7"]
+SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
     "two updates, many packs": ["--num_iterations", "2", "--tokens_per_pack", "120"],
@@ -40,7 +40,7 @@ CASES = {
     "frozen vision": ["--freeze_vision", "--num_iterations", "2"],
     "dynamic sampling": ["--dynamic_sampling"],
     "layers stay whole": ["--reshard_after_forward", "false"],
-    "copies": ["--shard_size", "1"],
+    "copies": ["--shard_size", "1", "--save_steps", "3"],
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
 RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
@@ -189,7 +189,7 @@ def test_one_rank_shows_the_progress_of_the_image_checks(two):
 @pytest.mark.parametrize("how, moment", [("stops", "training of step 2"), ("stops", "checks")])
 def test_a_stuck_rank_is_named(tmp_path, how, moment):
     """In the middle of a step, and before the first collective."""
-    out = torchrun(2, tmp_path, ["lost", [how, [moment], str(tmp_path / "run"), 5]])
+    out = torchrun(2, tmp_path, ["lost", [[[how, moment]], str(tmp_path / "run"), 5]])
     assert out.returncode != 0
     said = f"rank 1 is dead or stuck in {moment}"
     assert "stopped: in " in out.stderr and said in out.stderr, out.stderr[-3000:]
@@ -199,24 +199,23 @@ def test_a_stuck_rank_is_named(tmp_path, how, moment):
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
-    """Twice: in the rollout of step 2, then in the training of step 3."""
-    moments = ["rollout of step 2", "training of step 3"]
-    call = ["lost", ["dies", moments, str(tmp_path / "run"), 10]]
-    out = torchrun(2, tmp_path, call, restarts=2)
+    """Rank 1 fails by itself, dies in a rollout, dies in training: each is named, and the run is
+    resumed from its newest checkpoint until it is done."""
+    faults = [
+        ["raises", "training of step 2"],
+        ["dies", "rollout of step 2"],
+        ["dies", "training of step 3"],
+    ]
+    call = ["lost", [faults, str(tmp_path / "run"), 10]]
+    out = torchrun(2, tmp_path, call, restarts=3)
     assert out.returncode == 0, out.stderr[-3000:]
-    for moment in moments:
+    assert "rank 1 left: a fault of rank 1" in out.stderr
+    for _, moment in faults[1:]:
         assert f"rank 1 is dead or stuck in {moment}" in out.stderr
     assert "[rank0]:" not in out.stderr, "a traceback"
     assert "has no checkpoint to resume from yet" in out.stdout
     assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
     assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(5)]
-
-
-def test_a_rank_that_fails_tells_the_others_why(tmp_path):
-    call = ["lost", ["raises", ["training of step 2"], str(tmp_path / "run"), 10]]
-    out = torchrun(2, tmp_path, call)
-    assert out.returncode != 0
-    assert "rank 1 left: a fault of rank 1" in out.stderr, out.stderr[-3000:]
 
 
 def test_what_one_rank_meets_all_ranks_act_upon(two):
