@@ -43,7 +43,7 @@ def result(folder: Path) -> dict[str, str]:
 
 
 def soak(folder: Path, kills: int, longest: float, seed: int, argv: list[str]) -> list[str]:
-    """Raises AssertionError where the results differ. Each process lives for up to `longest`
+    """Raises AssertionError if the results differ. Each process lives for up to `longest`
     seconds; returns a line per kill."""
     options = [*argv, "--save_steps", "2", "--save_total_limit", "2"]
     whole, cut = folder / "whole", folder / "cut"

@@ -25,7 +25,7 @@ chosen = ""  # what was set and why, for the run to print; empty if nothing was
 
 
 def cpu_seconds() -> float | None:
-    """CPU time that all processes have used so far on the cores this one may use; None where the
+    """CPU time that all processes have used so far on the cores this one may use; None if the
     system does not tell (it is not Linux)."""
     try:
         with open("/proc/stat") as file:

@@ -97,6 +97,8 @@ def test_booleans(argv, expected):
         (["--max-steps=5"], "write --max_steps"),
         (["--per_device_train_batch_size", "8"], "--prompts_per_step"),
         (["--deepspeed", "x.json"], "torchrun"),
+        (["--vllm_mode", "colocate"], "unknown flag --vllm_mode: there is no inference server"),
+        (["--warmup_steps", "10"], "use --warmup_ratio"),
         (["stray"], "unknown flag stray"),
         (["--max_steps", "many"], "max_steps"),
         (["--bf16", "perhaps"], "neither true nor false"),
@@ -209,6 +211,7 @@ def test_flags_that_have_an_effect_are_not_refused():
     parse(*NEEDED, *argv)[0].check_effects(2)
 
 
+@pytest.mark.slow
 def test_help_names_every_flag_and_default():
     out = subprocess.run(
         [sys.executable, ROOT / "train_cls.py", "--help"], capture_output=True, text=True
@@ -222,37 +225,43 @@ def test_help_names_every_flag_and_default():
 
 
 RUN = """
-from grpo.run.exits import run_and_exit as run
+from grpo.run.exits import run_and_exit
 def main(argv):
     {body}
-run(main)
+run_and_exit(main)
 """
 
+ENDINGS = [
+    ("return 0", 0, "", False),
+    ("return 130", 130, "", False),
+    ("import json; json.loads('{')", 1, "JSONDecodeError", True),
+    ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
+    ("1 / 0", 1, "ZeroDivisionError", True),
+    ("from grpo.run.metrics import rollout_metrics as m; m([['ab']])", 1, "Error", True),
+    ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
+]
 
-@pytest.mark.parametrize(
-    "body, code, shown, traceback",
-    [
-        ("return 0", 0, "", False),
-        ("return 130", 130, "", False),
-        ("import json; json.loads('{')", 1, "JSONDecodeError", True),
-        ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
-        ("1 / 0", 1, "ZeroDivisionError", True),
-        (
-            "from grpo.run.metrics import rollout_metrics; rollout_metrics([['ab']])",
-            1,
-            "Error",
-            True,
-        ),
-        ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
-    ],
-)
-def test_user_errors_are_told_from_bugs(body, code, shown, traceback):
-    """A ValueError raised by the project's code is the user's; one from a library is a bug."""
-    out = subprocess.run(
-        [sys.executable, "-c", RUN.format(body=body)], capture_output=True, text=True, cwd=ROOT
-    )
+
+@pytest.mark.parametrize("body, code, shown, is_bug", ENDINGS)
+def test_user_errors_are_told_from_bugs(body, code, shown, is_bug, capsys):
+    """A ValueError raised by the project's code is the user's; one from a library is a bug, and
+    leaves as it is."""
+    with pytest.raises(BaseException) as caught:  # noqa: B017, PT011
+        exec(RUN.format(body=body), {})
+    if is_bug:
+        assert shown in caught.type.__name__
+    else:
+        assert caught.type is SystemExit and caught.value.code == code
+        assert shown in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body, code, shown, is_bug", ENDINGS[2:4])
+def test_what_a_shell_sees_of_a_bug_and_of_a_user_error(body, code, shown, is_bug):
+    command = [sys.executable, "-c", RUN.format(body=body)]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == code
-    assert shown in out.stderr and ("Traceback" in out.stderr) == traceback
+    assert shown in out.stderr and ("Traceback" in out.stderr) == is_bug
 
 
 def test_two_signals_at_once_are_one_and_a_later_one_leaves():

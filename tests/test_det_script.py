@@ -155,6 +155,7 @@ def said(rows, texts: list[str]) -> SimpleNamespace:
     return SimpleNamespace(rows=rows, records=records)
 
 
+@pytest.mark.slow
 def test_boxes_in_another_frame_are_found_with_what_they_would_have_earned():
     """A detector that answers in pixels of its image: the hint names the reading and its IoU."""
     train = load("demo:scenes", "train")

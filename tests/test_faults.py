@@ -33,6 +33,8 @@ from models.qwen_vl import QwenVL
 from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
+pytestmark = pytest.mark.slow
+
 LONGER = [*SHORT, "--max_steps", "3"]
 MODEL_AND_DATA = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
 
@@ -521,4 +523,4 @@ def test_a_reference_that_changes_is_found(tmp_path, monkeypatch):
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_never_stopped(tmp_path):
     """Two kills; benchmarks/soak.py does the same with twenty."""
-    soak(tmp_path, kills=2, longest=12.0, seed=1, argv=[*SHORT, "--max_steps", "12"])
+    soak(tmp_path, kills=2, longest=7.0, seed=1, argv=[*SHORT, "--max_steps", "12"])

@@ -13,6 +13,8 @@ from data.flowers import SPECIES
 from models.qwen_vl import QwenVL
 from tests.runs import CHECKPOINT, SHORT, detection_set, read_lines, read_steps, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_sampling_and_training_share(tmp_path):
     """Training log-probs are at the sampling temperature; the policy leaves its reference."""

@@ -14,6 +14,8 @@ from rewards.cls import accuracy_reward
 from rewards.det import iou_reward
 from tests.runs import read_lines, read_steps, train
 
+pytestmark = pytest.mark.slow
+
 
 def held_out_accuracy(folder: Path, step: int) -> float:
     answers = read_lines(folder / f"eval-{step}.jsonl")

@@ -589,7 +589,7 @@ def test_reads_aliases(tmp_path, table):
         ("[" * 100_000, "is not usable JSON"),
         ('{"rose": ["Rosa"]} x', "is not usable JSON"),
         (b'{"rose": ["Ros\xe9"]}', "is not usable JSON.*utf-8"),
-        ('{"rose": ["Rosa"], "rose": ["Rosaceae"]}', "a key stands in it twice"),
+        ('{"rose": ["Rosa"], "rose": ["Rosaceae"]}', "a key is in it twice"),
         ("[]", "is not an object of classes: found \\[\\]"),
         ('"rose"', "is not an object of classes: found 'rose'"),
         ("null", "is not an object of classes: found None"),

@@ -34,6 +34,7 @@ from tests.runs import (
 )
 
 
+@pytest.mark.slow
 def test_the_run_folder(tmp_path):
     run = tmp_path / "run"
     lines = train(run, *SHORT, "--save_steps", "1", "--eval_steps", "1", "--save_total_limit", "1")
@@ -206,6 +207,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_and_user_errors(tmp_path):
     out = torchrun(1, "train_cls.py", "--output_dir", str(tmp_path / "run"), *SHORT, "--beta", "-1")
     assert out.returncode != 0 and "exitcode: 2" in " ".join(out.stderr.split())
@@ -216,6 +218,7 @@ def test_torchrun_and_user_errors(tmp_path):
     assert out.returncode == 2 and "did you mean --beta?" in out.stderr
 
 
+@pytest.mark.slow
 def test_real_photographs_with_the_genuine_vocabulary(tmp_path):
     """ViRFT data in both forms, Qwen2's 151,936 entries, random weights, three steps."""
     if not SHARED.exists():
