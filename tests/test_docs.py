@@ -1,0 +1,48 @@
+"""README and docs/ point at what exists."""
+
+import re
+
+import pytest
+
+from tests.runs import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
+    for link in links:
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_flags_that_are_named_exist(page):
+    """docs/LOG.md is history and may name what is gone."""
+    if page.name == "LOG.md":
+        return
+    text = page.read_text()
+    for path in re.findall(
+        r"\b((?:grpo|models|rewards|data|demo|tests|benchmarks)/[\w/]+\.py)", text
+    ):
+        assert (ROOT / path).is_file(), path
+    code = "".join(
+        path.read_text()
+        for folder in ("grpo/run", "demo", "benchmarks", ".")
+        for path in (ROOT / folder).glob("*.py")
+    )
+    ours = set(re.findall(r"^    (\w+): .*= flag\(", code, flags=re.MULTILINE))
+    ours |= set(re.findall(r'"--(\w+)"', code)) | {"help", "config"}
+    others = {
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "max_restarts",
+    }  # torchrun
+    others |= {"shutdown", "no", "target"}  # --shutdown-timeout, pip's --no-deps and --target
+    elsewhere = set(re.findall(r'^    "(\w+)": "', code, flags=re.MULTILINE))
+    for name in re.findall(r"--([a-z]\w+)", text):
+        known = ours | others | (elsewhere if page.name == "from-visual-rft.md" else set())
+        assert name in known, f"--{name}"
