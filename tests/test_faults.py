@@ -121,7 +121,7 @@ def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
 
 def test_an_explanation_that_is_missing_is_a_fault_of_the_reward(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cls, "explain", lambda *_: {"format": "none"})
-    with pytest.raises(ValueError, match=r"KeyError: 'accuracy' .*for row \d+ and the completion"):
+    with pytest.raises(ValueError, match=r"no line for accuracy .*for row \d+ and the completion"):
         train(tmp_path / "run", *SHORT)
 
 
