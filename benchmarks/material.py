@@ -13,7 +13,7 @@ from PIL import Image
 
 from demo import make_cls as demo
 from demo.warm_start import SPECIAL, make_folder
-from models.config import parse_config
+from models.families import parse_config
 from models.load import save_model
 from models.qwen_vl import QwenVL
 

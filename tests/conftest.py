@@ -7,6 +7,7 @@ import pytest
 import grpo.threads  # noqa: F401  before torch: how its threads wait
 
 # isort: split
+from tests.peer import NORMS
 from tests.runs import SHORT, train
 
 
@@ -33,3 +34,19 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "run"
     train(folder, *SHORT)
     return folder
+
+
+@pytest.fixture
+def exact_reference(monkeypatch):
+    """transformers takes norms and vision rotations in float32 even in a float64 model."""
+
+    def norm(self, x):
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for code, name in NORMS.items():
+
+        def rotate(q, k, cos, sin, code=code):
+            return code.apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+
+        monkeypatch.setattr(getattr(code, name), "forward", norm)
+        monkeypatch.setattr(code, "apply_rotary_pos_emb_vision", rotate)

@@ -12,7 +12,7 @@ import transformers
 
 import train_cls
 from data.flowers import rows
-from models.config import parse_config
+from models.families import parse_config
 from models.load import load_model, save_model
 from models.processor import Processor
 from models.qwen_vl import QwenVL, image_features

@@ -9,64 +9,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.nn.functional import linear
-from transformers.models.qwen2_vl import modeling_qwen2_vl as reference_code
 
 import models.load
 from models.attention import Bounds, attention, choose_implementation
 from models.cache import KVCache
+from models.families import parameter_name
 from models.generate import BLOCK, Sampling, generate, sample
-from models.load import load_model, published_name, save_model
+from models.load import load_model, save_model
 from models.prompt import mrope_position_ids
 from models.qwen_vl import image_features
+from tests.peer import own_hidden, reference_inputs, reference_model
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 GRIDS = {"none": [], "one": [(4, 6)], "several": [(4, 4), (2, 8), (6, 4)]}
-
-
-def reference_model(model, dtype):
-    """transformers' model with the same weights, loaded through a saved state dict's names."""
-    config = transformers.Qwen2VLConfig(**model.config.to_dict())
-    peer = transformers.Qwen2VLForConditionalGeneration(config).to(dtype).eval()
-    weights = {published_name(name): tensor for name, tensor in peer.state_dict().items()}
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                tensor.copy_(own[name])
-    return peer
-
-
-def reference_inputs(prompt, dtype):
-    ids = prompt.input_ids[None]
-    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
-    inputs["attention_mask"] = torch.ones_like(ids)
-    if len(prompt.image_grid_thw):
-        inputs["pixel_values"] = prompt.pixel_values.to(dtype)
-        inputs["image_grid_thw"] = prompt.image_grid_thw
-    return inputs
-
-
-def own_hidden(model, prompts):
-    return model(
-        torch.cat([p.input_ids for p in prompts]),
-        torch.cat([p.position_ids for p in prompts], dim=1),
-        model.bounds([(len(p),) for p in prompts]),
-        image_features(model, prompts),
-    )
-
-
-@pytest.fixture
-def exact_reference(monkeypatch):
-    """transformers takes norms and vision rotations in float32 even in a float64 model."""
-
-    def norm(self, x):
-        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    def rotate(q, k, cos, sin):
-        return reference_code.apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
-
-    monkeypatch.setattr(reference_code.Qwen2VLRMSNorm, "forward", norm)
-    monkeypatch.setattr(reference_code, "apply_rotary_pos_emb_vision", rotate)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -86,7 +41,7 @@ def test_logits_and_gradients_equal_transformers_in_float64(
     direction = torch.randn_like(logits)
     (logits * direction).sum().backward()
     (expected * direction).sum().backward()
-    gradients = {published_name(n): p.grad for n, p in peer.named_parameters()}
+    gradients = {parameter_name(n): p.grad for n, p in peer.named_parameters()}
     for name, parameter in model.named_parameters():
         if images == "none" and name.startswith("visual."):
             assert parameter.grad is None
@@ -371,7 +326,7 @@ def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, monkeypatch, 
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, parameter in peer.named_parameters():
-        name = published_name(name)
+        name = parameter_name(name)
         if name != "lm_head.weight" or not tied:
             assert torch.equal(parameter, model.get_parameter(name))
 
@@ -403,7 +358,7 @@ def test_checkpoints_that_transformers_writes_are_read(tmp_path):
     # and the newer names, in one file of another dtype
     names = {}
     for name, tensor in stored(tmp_path):
-        name = published_name(name)
+        name = parameter_name(name)
         newer = "model." + name if name.startswith("visual.") else name
         newer = newer.replace("model.", "model.language_model.", 1) if newer == name else newer
         names["lm_head.weight" if name.startswith("lm_head") else newer] = tensor.half()

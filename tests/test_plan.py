@@ -11,7 +11,7 @@ from grpo.pack import make_packs
 from grpo.rollout import Group
 from grpo.run.config import TrainingConfig
 from grpo.run.plan import decoder_layer_parameters, estimate_memory, vision_block_parameters
-from models.config import parse_config
+from models.families import parse_config
 from models.load import check_checkpoint, save_model
 from models.qwen_vl import QwenVL
 from tests.tiny import tiny_config, tiny_model, tiny_prompt

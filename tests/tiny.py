@@ -2,7 +2,8 @@
 
 import torch
 
-from models.config import QwenVLConfig, parse_config
+from models.config import QwenVLConfig
+from models.families import parse_config
 from models.prompt import Prompt, mrope_position_ids
 from models.qwen_vl import QwenVL
 
@@ -39,6 +40,42 @@ def tiny_config(tied: bool = True, kv_heads: int = 2, vocab: int = 64) -> QwenVL
         },
     }
     return parse_config(raw, "tiny")
+
+
+def family_config(family: str, tied: bool = False) -> QwenVLConfig:
+    """Odd sizes: 6 heads on 2, of a width that is not hidden / heads where the family allows it;
+    windows and full attention; three levels of DeepStack."""
+    raw = {
+        "model_type": family,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+        "tie_word_embeddings": tied,
+        "eos_token_id": 56,
+        "image_token_id": IMAGE,
+        "video_token_id": 60,
+        "vision_start_token_id": 57,
+        "vision_end_token_id": 58,
+    }
+    tower = {"depth": 4, "num_heads": 2, "patch_size": 4}
+    if family == "qwen2_vl":
+        raw["vision_config"] = tower | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+        return parse_config(raw, "tiny")
+    tower |= {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52}
+    if family == "qwen2_5_vl":
+        raw["vision_config"] = tower | {"window_size": 16, "fullatt_block_indexes": [1, 3]}
+        return parse_config(raw, "tiny")
+    top = {name: raw.pop(name) for name in list(raw) if "token_id" in name or name == "model_type"}
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    raw |= {"head_dim": 16, "rope_scaling": rope, "eos_token_id": top.pop("eos_token_id")}
+    tower |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 3]}
+    return parse_config({**top, "text_config": raw, "vision_config": tower}, "tiny")
 
 
 def tiny_model(

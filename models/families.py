@@ -1,0 +1,66 @@
+"""Which model a folder holds: config.json's `model_type` decides, never the folder's name."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+from models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from models.config import QwenVLConfig
+
+FAMILIES = {module.MODEL_TYPE: module for module in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
+REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the dense models are"}
+
+
+def family_of(config: QwenVLConfig) -> ModuleType:
+    """The file with this model's `read`, `write`, `VisionTower` and `ANSWERS_IN`."""
+    return FAMILIES[config.family]
+
+
+def read_config(folder: Path) -> QwenVLConfig:
+    """The config of the checkpoint in `folder`.
+
+    Raises ValueError if config.json is missing or unreadable, where `model_type` is another
+    family's, if a needed key is missing, or if it asks for what this model does not do.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no config.json: this is not a model folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict, where: str) -> QwenVLConfig:
+    """`raw` as a QwenVLConfig; `where` opens each message. Raises ValueError as `read_config`."""
+    found = raw.get("model_type")
+    if found not in FAMILIES:
+        why = f": {REFUSED[found]}" if found in REFUSED else ""
+        known = ", ".join(map(repr, FAMILIES))
+        raise ValueError(f"{where}: model_type is {found!r}{why}; this trainer knows {known}")
+    return FAMILIES[found].read(raw, where)
+
+
+def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
+    """config.json in the form that the family is published in; `dtype` is the weights' on disk."""
+    return family_of(config).write(config, dtype)
+
+
+def published_name(name: str, config: QwenVLConfig) -> str:
+    """A parameter's name here -> in the published files of its family."""
+    if not family_of(config).NEW_NAMES or name.startswith("lm_head"):
+        return name
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return "model.language_model." + name.removeprefix("model.")
+
+
+def parameter_name(key: str) -> str:
+    """A weight's name in a file -> here: `model.visual.x` -> `visual.x` and so on."""
+    for newer, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(newer):
+            return ours + key.removeprefix(newer)
+    return key

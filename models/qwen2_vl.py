@@ -1,0 +1,119 @@
+"""Qwen2-VL (Wang et al. 2024): its config.json and its vision tower."""
+
+import torch
+from torch import Tensor, nn
+
+from models.config import (
+    QwenVLConfig,
+    Table,
+    VisionConfig,
+    check_sizes,
+    flat_config,
+    rope_table,
+    shared_fields,
+    shared_vision_fields,
+    text_table,
+)
+from models.vision import PatchMerger, Tower, VisionBlock
+
+MODEL_TYPE = "qwen2_vl"
+ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
+NEW_NAMES = False  # its weights are published as visual.* and model.*
+
+
+def read(raw: dict, where: str) -> QwenVLConfig:
+    """Raises ValueError, opened by `where`, for what is missing or not done here."""
+    text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
+    vision.allow("hidden_act", "quick_gelu")
+    width = vision.size("embed_dim")
+    fields = shared_fields(raw, where)
+    return check_sizes(
+        QwenVLConfig(
+            family=MODEL_TYPE,
+            **fields,
+            **decoder_fields(raw, where, fields),
+            max_position_embeddings=text.get("max_position_embeddings", default=32768),
+            vision=VisionConfig(
+                **shared_vision_fields(vision),
+                embed_dim=width,
+                hidden_size=vision.size("hidden_size"),
+                intermediate_size=width * vision.size("mlp_ratio", default=4),
+                patch_size=vision.size("patch_size", default=14),
+            ),
+        ),
+        where,
+    )
+
+
+def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
+    """What the decoders of Qwen2-VL and Qwen2.5-VL have in common. Raises ValueError."""
+    rope, heads = rope_table(raw, where), fields["num_attention_heads"]
+    if fields["hidden_size"] % heads:
+        raise ValueError(
+            f"{where}: hidden_size {fields['hidden_size']} does not divide into {heads} heads"
+        )
+    return {
+        "head_dim": fields["hidden_size"] // heads,
+        "attention_bias": True,
+        "qk_norm": False,
+        "rope_theta": rope.get("rope_theta", default=1_000_000.0),
+        "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
+        "mrope_interleaved": False,
+    }
+
+
+def write(config: QwenVLConfig, dtype: str) -> dict:
+    """config.json as it is published; `dtype` is the weights' on disk."""
+    vision = config.vision
+    return flat_config(
+        config,
+        "Qwen2VLForConditionalGeneration",
+        dtype,
+        {
+            "model_type": MODEL_TYPE,
+            "depth": vision.depth,
+            "embed_dim": vision.embed_dim,
+            "hidden_size": vision.hidden_size,
+            "hidden_act": "quick_gelu",
+            "mlp_ratio": vision.intermediate_size // vision.embed_dim,
+            "num_heads": vision.num_heads,
+            "in_channels": vision.in_channels,
+            "in_chans": vision.in_channels,
+            "patch_size": vision.patch_size,
+            "spatial_patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+        },
+    )
+
+
+class QuickGELUMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
+
+
+class VisionTower(Tower):
+    """A vision transformer at the image's own resolution (Qwen2-VL, section 2.1)."""
+
+    def __init__(self, config: VisionConfig):
+        def norm() -> nn.Module:
+            return nn.LayerNorm(config.embed_dim, eps=1e-6)
+
+        def block() -> VisionBlock:
+            return VisionBlock(config, norm, QuickGELUMLP(config))
+
+        super().__init__(config, block)
+        self.merger = PatchMerger(config, norm())
+
+    def encode(self, x: Tensor, grids: list[list[int]], implementation: str) -> Tensor:
+        cos_sin = self.rotary(grids, x)
+        bounds = self.frames(grids, x, implementation)
+        for block in self.blocks:
+            x = self.run(block, x, *cos_sin, bounds)
+        return self.merger(x)

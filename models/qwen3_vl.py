@@ -1,0 +1,199 @@
+"""Qwen3-VL, dense (Bai et al. 2025): its config.json and its vision tower with DeepStack."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import (
+    QwenVLConfig,
+    Table,
+    VisionConfig,
+    check_sizes,
+    rope_table,
+    shared_fields,
+    shared_vision_fields,
+    text_table,
+)
+from models.vision import Tower, VisionBlock
+
+MODEL_TYPE = "qwen3_vl"
+ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
+NEW_NAMES = True  # its weights are published as model.visual.* and model.language_model.*
+
+
+def read(raw: dict, where: str) -> QwenVLConfig:
+    """Raises ValueError, opened by `where`, for what is missing or not done here."""
+    text, rope = text_table(raw, where), rope_table(raw, where)
+    vision = Table(raw.get("vision_config"), where)
+    vision.allow("hidden_act", "gelu_pytorch_tanh")
+    text.allow("attention_bias", False)
+    rope.allow("mrope_interleaved", True)
+    depth, fields = vision.size("depth"), shared_fields(raw, where)
+    config = QwenVLConfig(
+        family=MODEL_TYPE,
+        **fields,
+        head_dim=text.size("head_dim", default=128),
+        attention_bias=False,
+        qk_norm=True,
+        rope_theta=rope.need("rope_theta"),
+        mrope_section=tuple(rope.get("mrope_section", default=(24, 20, 20))),
+        mrope_interleaved=True,
+        max_position_embeddings=text.get("max_position_embeddings", default=128000),
+        vision=VisionConfig(
+            **shared_vision_fields(vision),
+            embed_dim=vision.size("hidden_size"),
+            hidden_size=vision.size("out_hidden_size"),
+            intermediate_size=vision.size("intermediate_size"),
+            patch_size=vision.size("patch_size", default=16),
+            num_position_embeddings=vision.size("num_position_embeddings"),
+            deepstack_visual_indexes=vision.indexes("deepstack_visual_indexes", depth),
+        ),
+    )
+    levels, entries = config.vision.deepstack_visual_indexes, config.vision.num_position_embeddings
+    if len(levels) >= config.num_hidden_layers:
+        raise ValueError(
+            f"{where}: {len(levels)} deepstack_visual_indexes need more than "
+            f"{config.num_hidden_layers} decoder layers"
+        )
+    if round(entries**0.5) ** 2 != entries:
+        raise ValueError(f"{where}: num_position_embeddings is {entries}, not a square")
+    return check_sizes(config, where)
+
+
+def write(config: QwenVLConfig, dtype: str) -> dict:
+    """config.json as it is published; `dtype` is the weights' on disk."""
+    vision = config.vision
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": MODEL_TYPE,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "dtype": dtype,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": config.hidden_size,
+            "initializer_range": config.initializer_range,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "num_attention_heads": config.num_attention_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_key_value_heads": config.num_key_value_heads,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": list(config.mrope_section),
+                "rope_type": "default",
+            },
+            "rope_theta": config.rope_theta,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "use_cache": True,
+            "vocab_size": config.vocab_size,
+        },
+        "vision_config": {
+            "model_type": MODEL_TYPE,
+            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
+            "depth": vision.depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": vision.embed_dim,
+            "in_channels": vision.in_channels,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "num_position_embeddings": vision.num_position_embeddings,
+            "out_hidden_size": vision.hidden_size,
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        },
+    }
+
+
+class TanhGELUMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Merger(nn.Module):
+    """Joins merge x merge neighbouring patches into one token of the decoder's width.
+
+    joined_norm: the norm is taken of the joined patches (DeepStack's mergers), not of each.
+    """
+
+    def __init__(self, config: VisionConfig, joined_norm: bool):
+        super().__init__()
+        self.width = config.embed_dim * config.spatial_merge_size**2
+        self.joined_norm = joined_norm
+        self.norm = nn.LayerNorm(self.width if joined_norm else config.embed_dim, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.view(-1, self.width) if self.joined_norm else x).view(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionTower(Tower):
+    """Learned positions beside the rotary ones, and features of several depths (Qwen3-VL, section
+    2; DeepStack, Meng et al. 2024).
+
+    A token's features are the last block's, which become its embedding, followed by those of the
+    blocks `deepstack_visual_indexes`, which the first decoder layers' outputs get added.
+    """
+
+    def __init__(self, config: VisionConfig):
+        def norm() -> nn.Module:
+            return nn.LayerNorm(config.embed_dim, eps=1e-6)
+
+        def block() -> VisionBlock:
+            return VisionBlock(config, norm, TanhGELUMLP(config))
+
+        super().__init__(config, block, bias=True)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.embed_dim)
+        self.merger = Merger(config, joined_norm=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            Merger(config, joined_norm=True) for _ in config.deepstack_visual_indexes
+        )
+
+    def encode(self, x: Tensor, grids: list[list[int]], implementation: str) -> Tensor:
+        x = x + self.learned_positions(grids, x.device).to(x.dtype)
+        cos, sin = self.rotary(grids, x)
+        bounds = self.frames(grids, x, implementation)
+        mergers = iter(self.deepstack_merger_list)
+        levels = []
+        for index, block in enumerate(self.blocks):
+            x = self.run(block, x, cos, sin, bounds)
+            if index in self.config.deepstack_visual_indexes:
+                levels.append(next(mergers)(x))
+        return torch.cat((self.merger(x), *levels), dim=1)
+
+    def learned_positions(self, grids: list[list[int]], device: torch.device) -> Tensor:
+        """(patches, embed_dim): the square grid stretched over each image, corner to corner, and
+        read between its entries by bilinear interpolation. Weights are float32, as published."""
+        side = round(self.config.num_position_embeddings**0.5)
+        near, far, weight = [], [], []
+        sizes = [(h, w) for t, h, w in grids for _ in range(t * h * w)]
+        sizes = torch.tensor(sizes, device=device).clamp(min=2)  # a single row or column is entry 0
+        for place, size in zip(self.places(grids, device), sizes.T, strict=True):
+            place = place.float() * (side - 1) / (size - 1)
+            low = place.floor()
+            near.append(low.long())
+            far.append((low.long() + 1).clamp(max=side - 1))
+            weight.append(1 - (place - low))  # of the near one; the far one has the rest
+        total = 0
+        for rows, down in ((near[0], weight[0]), (far[0], 1 - weight[0])):
+            for columns, across in ((near[1], weight[1]), (far[1], 1 - weight[1])):
+                total = total + self.pos_embed(rows * side + columns) * (down * across)[:, None]
+        return total

@@ -1,0 +1,275 @@
+"""Each family against transformers, on random weights of odd sizes."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import linear
+
+from grpo.logps import pack_chunks, pack_logps
+from grpo.pack import make_packs
+from grpo.rollout import Group
+from models.families import FAMILIES, parameter_name, parse_config, read_config
+from models.generate import Sampling, generate
+from models.load import load_model, save_model, weight_files
+from models.qwen_vl import image_features, with_image_features
+from tests.peer import own_hidden, reference_inputs, reference_model
+from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
+
+# rows and columns of patches; a window of the tiny Qwen2.5-VL is 4 x 4 of them
+GRIDS = {"none": [], "one": [(6, 10)], "several": [(4, 4), (2, 14), (6, 4), (8, 8), (6, 4)]}
+
+by_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("images", GRIDS)
+@by_family
+def test_logits_and_gradients_equal_transformers(exact_reference, family, images, tied):
+    model = tiny_model(family_config(family, tied))
+    peer = reference_model(model, torch.float64)
+    prompt = tiny_prompt(model.config, GRIDS[images])
+    logits = linear(own_hidden(model, [prompt]), model.head_weight)
+    expected = peer(**reference_inputs(prompt, torch.float64)).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
+
+    torch.manual_seed(1)
+    direction = torch.randn_like(logits)
+    (logits * direction).sum().backward()
+    (expected * direction).sum().backward()
+    gradients = {parameter_name(n): p.grad for n, p in peer.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if images == "none" and name.startswith("visual."):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-9, rtol=1e-9)
+            assert parameter.grad.abs().max() > 1e-6, f"{name} gets no gradient: a blunt test"
+
+
+@pytest.mark.parametrize("images", GRIDS)
+@by_family
+def test_logits_equal_unchanged_transformers_in_float32(family, images):
+    model = tiny_model(family_config(family), torch.float32, scale=2)
+    prompt = tiny_prompt(model.config, GRIDS[images])
+    logits = linear(own_hidden(model, [prompt]), model.head_weight)
+    peer = reference_model(model, torch.float32)
+    expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+@by_family
+def test_positions_equal_transformers_for_random_prompts(family):
+    chance, config = random.Random(0), family_config(family)
+    peer = reference_model(tiny_model(config), torch.float32)
+    for seed in range(50):
+        sides = [2 * chance.randint(1, 9) for _ in range(2 * chance.randint(1, 4))]
+        grids = list(zip(sides[::2], sides[1::2], strict=True))
+        prompt = tiny_prompt(config, grids, text=chance.randint(1, 9), seed=seed)
+        inputs = reference_inputs(prompt, torch.float32)
+        del inputs["pixel_values"]
+        expected, delta = peer.model.get_rope_index(**inputs)
+        assert torch.equal(prompt.position_ids, expected[:, 0])
+        assert prompt.next_position == len(prompt) + int(delta)
+
+
+@by_family
+def test_greedy_text_equals_transformers_generate(family):
+    model = tiny_model(family_config(family), torch.float32, scale=6)
+    peer, stop = reference_model(model, torch.float32), (7, 11)
+    model.suppressed_ids = None
+    said = set()
+    for seed, grids in enumerate([*GRIDS.values()] * 2):
+        prompt = tiny_prompt(model.config, grids, seed=seed)
+        sampling = Sampling(24, temperature=0, stop_ids=stop)
+        (own,), _ = generate(model, [prompt], 1, sampling, torch.zeros(1, 24))
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(stop)}
+        out = peer.generate(**reference_inputs(prompt, torch.float32), pad_token_id=0, **options)
+        assert own == out[0, len(prompt) :].tolist()
+        said.add(tuple(own))
+    assert len(said) > 3, "the same text for all prompts: a blunt test"
+
+
+def groups_of(model, count: int) -> list[Group]:
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    uniforms = torch.rand(3 * count, 12, dtype=torch.float64)
+    sampling = Sampling(12, stop_ids=(3, 7, 11, 20, 31))
+    completions, logps = generate(model, prompts, count, sampling, uniforms)
+    return [
+        Group(p, completions[i : i + count], logps[i : i + count], [False] * count)
+        for p, i in zip(prompts, range(0, 3 * count, count), strict=True)
+    ]
+
+
+@by_family
+def test_sampled_and_trained_log_probs_and_gradients_of_packs(family):
+    """Sampled log-probs are those of the packs; gradients those of G copies of each prompt, one
+    at a time, with dense logits. With the last layer at the read positions only, checkpointing, and
+    with features that come with the prompts."""
+    torch.manual_seed(0)
+    model = tiny_model(family_config(family))
+    model.suppressed_ids = torch.tensor((IMAGE, 57, 58, 60))
+    groups = groups_of(model, 4)
+    assert len({len(c) for g in groups for c in g.completion_ids}) > 3, "a blunt test"
+    total = 0
+    for group in groups:
+        for completion in group.completion_ids:
+            prompt, tokens = group.prompt, torch.tensor(completion)
+            steps = torch.arange(len(tokens)) + prompt.next_position
+            hidden = model(
+                torch.cat([prompt.input_ids, tokens]),
+                torch.cat([prompt.position_ids, steps.expand(3, -1)], dim=1),
+                model.bounds([(len(prompt) + len(tokens),)]),
+                image_features(model, [prompt]),
+            )[len(prompt) - 1 : -1]
+            logits = linear(hidden, model.head_weight)
+            logits = logits.index_fill(1, model.suppressed_ids, float("-inf"))
+            total = total - logits.log_softmax(-1)[range(len(tokens)), completion].sum()
+    total.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    (pack,) = make_packs(groups, 10**9, (torch.ones(3, 4), torch.ones(3, 4)))
+    sampled = torch.cat([logp for group in groups for logp in group.sampling_logps])
+    with torch.no_grad():
+        torch.testing.assert_close(pack_logps(model, pack, 1.0).float(), sampled)
+        frozen = replace(pack, prompts=with_image_features(model, pack.prompts))
+        torch.testing.assert_close(pack_logps(model, frozen, 1.0).float(), sampled)
+    for checkpointing in (False, True):
+        model.visual.gradient_checkpointing = model.model.gradient_checkpointing = checkpointing
+        model.zero_grad()
+        for part in make_packs(groups, 120, (torch.ones(3, 4), torch.ones(3, 4))):
+            for tokens in pack_chunks(model, part, 1.0, chunk=7):
+                (-tokens.logps.sum()).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@by_family
+def test_checkpoints_in_both_directions_and_both_layouts(tmp_path, family, tied):
+    """As published and as transformers 5 writes them; the same logits from every folder."""
+    model = tiny_model(family_config(family, tied), torch.float32, scale=2)
+    prompt = tiny_prompt(model.config, GRIDS["several"])
+    peer = reference_model(model, torch.float32)
+    expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    save_model(dict(model.named_parameters()), model, ours, ours)
+    raw = json.loads((ours / "config.json").read_text())
+    assert ("text_config" in raw) == (family == "qwen3_vl"), "not as this family is published"
+    names = [name for path in weight_files(ours) for name in load_names(path)]
+    assert ("model.language_model.norm.weight" in names) == (family == "qwen3_vl")
+    again, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        ours, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    logits = again(**reference_inputs(prompt, torch.float32)).logits[0]
+    torch.testing.assert_close(logits, expected)
+
+    peer.save_pretrained(theirs)
+    assert "text_config" in json.loads((theirs / "config.json").read_text())
+    assert read_config(theirs) == replace(
+        read_config(ours), bos_token_id=read_config(theirs).bos_token_id
+    )
+    for folder in (ours, theirs):
+        loaded = load_model(folder, torch.float32, "cpu")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+def load_names(path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+# config.json as published, in what a shape depends on
+TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+
+
+def published(name: str) -> dict:
+    family, size = name.rsplit(" ", 1)
+    if family == "Qwen2.5-VL":
+        width, layers, heads, kv, inner, vocabulary = {
+            "3B": (2048, 36, 16, 2, 11008, 151936),
+            "7B": (3584, 28, 28, 4, 18944, 152064),
+        }[size]
+        return TOKENS | {
+            "model_type": "qwen2_5_vl", "hidden_size": width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": inner,
+            "vocab_size": vocabulary, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": size == "3B", "hidden_act": "silu",
+            "vision_config": {
+                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+                "num_heads": 16, "in_chans": 3, "out_hidden_size": width, "patch_size": 14,
+                "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31], "temporal_patch_size": 2,
+            },
+        }  # fmt: skip
+    width, layers, heads, inner = {
+        "2B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728), "8B": (4096, 36, 32, 12288),
+    }[size]  # fmt: skip
+    large = size == "8B"
+    return TOKENS | {
+        "model_type": "qwen3_vl", "tie_word_embeddings": not large,
+        "text_config": {
+            "model_type": "qwen3_vl_text", "hidden_size": width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": 8, "intermediate_size": inner,
+            "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 5_000_000,
+            "rope_scaling": {
+                "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default",
+            },
+            "hidden_act": "silu", "attention_bias": False,
+        },
+        "vision_config": {
+            "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024,
+            "intermediate_size": 4304 if large else 4096, "num_heads": 16, "out_hidden_size": width,
+            "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17], "patch_size": 16,
+            "num_position_embeddings": 2304, "hidden_act": "gelu_pytorch_tanh",
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        },
+    }  # fmt: skip
+
+
+SIZES = ("Qwen2.5-VL 3B", "Qwen2.5-VL 7B", "Qwen3-VL 2B", "Qwen3-VL 4B", "Qwen3-VL 8B")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes_have_the_shapes_of_transformers(name):
+    from models.qwen_vl import QwenVL
+
+    raw = published(name)
+    with torch.device("meta"):
+        model = QwenVL(parse_config(raw, name))
+        config = transformers.CONFIG_MAPPING[raw["model_type"]](**published(name))
+        peer = transformers.AutoModelForImageTextToText.from_config(config)
+    own = {n: p.shape for n, p in model.named_parameters()}
+    assert own == {parameter_name(n): p.shape for n, p in peer.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen3_vl_moe"}, "qwen3_vl_moe.*mixture of experts"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias"),
+        ({"text_config": {"rope_scaling": {"mrope_section": [24, 20, 20]}}}, "rope_theta"),
+        ({"text_config": {"head_dim": 96}}, "mrope_section"),
+        ({"text_config": {"num_hidden_layers": 3}}, "deepstack.*more than 3"),
+        ({"vision_config": {"deepstack_visual_indexes": [5, 11, 40]}}, "rising indexes below 24"),
+        ({"vision_config": {"num_position_embeddings": 2300}}, "not a square"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
+    ],
+)
+def test_what_is_not_done_here_is_refused(change, message):
+    raw = published("Qwen3-VL 2B")
+    if "rope_theta" in message:
+        del raw["text_config"]["rope_theta"]
+    for name, value in change.items():
+        raw[name] = raw[name] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        parse_config(raw, "here")
