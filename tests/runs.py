@@ -6,12 +6,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
+from PIL import Image
 
 import train_cls
 from data.flowers import rows
+from grpo.reward import Record
 from models.families import parse_config
 from models.load import load_model, save_model
 from models.processor import Processor
@@ -69,22 +72,57 @@ def detection_set(
     return folder
 
 
-def genuine_checkpoint(folder: Path) -> Path:
-    """Random weights, tiny, with Qwen2's own vocabulary of 151,936 entries."""
-    raw = json.loads((CHECKPOINT / "config.json").read_text())
+def save_turned(upright: Image.Image, orientation: int, path: Path) -> None:
+    """The image as a camera held so would store it, with the EXIF tag that turns it back."""
+    turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
+    turns |= {8: Image.Transpose.ROTATE_270}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
+    stored.save(path, exif=exif)
+
+
+def said(rows, texts: list[str]) -> SimpleNamespace:
+    """A rollout in which each row got one completion."""
+    records = [
+        [Record(row.index, "", None, text, {}, {}, 0.0, 1, False)]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return SimpleNamespace(rows=rows, records=records)
+
+
+def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:
+    """Random weights, tiny, with Qwen2's own vocabulary of 151,936 entries and template."""
+    raw = json.loads((CHECKPOINT / "config.json").read_text()) | {"model_type": family}
     raw |= {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64}
     raw |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     raw |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     raw |= {"image_token_id": 151655, "video_token_id": 151656, "eos_token_id": 151645}
     raw |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
-    raw["vision_config"] |= {"hidden_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1}
+    vision = {"hidden_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1, "patch_size": 14}
+    settings = json.loads((SHARED / "qwen2_tokenizer" / "preprocessor_config.json").read_text())
+    if family != "qwen2_vl":
+        vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "depth": 2}
+        vision |= {"num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1]}
+    if family == "qwen3_vl":
+        raw["text_config"] = {"head_dim": 12, "rope_theta": 5e6}
+        raw["rope_scaling"] = {"mrope_section": [2, 2, 2], "mrope_interleaved": True}
+        vision |= {"patch_size": 16, "num_position_embeddings": 16}
+        vision |= {"deepstack_visual_indexes": [0]}
+        size = {"longest_edge": 16777216, "shortest_edge": 65536}
+        settings |= {"patch_size": 16, "size": size, "image_mean": [0.5] * 3}
+        settings |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessorFast"}
+        settings = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels")}
+    raw["vision_config"] = vision
     model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
     save_model(dict(model.named_parameters()), model, folder, SHARED / "qwen2_tokenizer")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
 
 
 TINY_RUN = ["--max_steps", "3", "--prompts_per_step", "2", "--num_generations", "2"]
-TINY_RUN += ["--max_completion_length", "6", "--max_pixels", "50176", "--eval_samples", "2"]
+TINY_RUN += ["--max_completion_length", "6", "--min_pixels", "3136", "--max_pixels", "50176"]
+TINY_RUN += ["--eval_samples", "2"]
 
 
 def logits_here_and_in_transformers(folder: Path, image, problem: str):
@@ -97,7 +135,7 @@ def logits_here_and_in_transformers(folder: Path, image, problem: str):
         model.bounds([(len(prompt),)]),
         image_features(model, [prompt]),
     )
-    peer = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+    peer = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32
     ).eval()
     ids = transformers.AutoTokenizer.from_pretrained(folder)(

@@ -31,6 +31,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 A, B = (100, 100, 300, 300), (500, 500, 700, 700)
 
 
+def frames_of(size, resized) -> dict:
+    return {"thousandths": (1000.0, 1000.0), "pixels": size, "resized": resized}
+
+
+FRAMES = frames_of((640, 480), (308, 224))
+
+
 def boxes(*items) -> str:
     """An answer with these boxes: (x1, y1, x2, y2, confidence) each."""
     each = [f"{{'Position': {list(i[:4])}, 'Confidence': {i[4]}}}" for i in items]
@@ -99,6 +106,8 @@ READ = {
     "more keys": "[{'Label': 'ace', 'Position': [100, 100, 300, 300], 'Confidence': 0.9}]",
     "tuple": "[{'Position': (100, 100, 300, 300), 'Confidence': 0.9}]",
     "cut": "[{'Position': [100, 100, 300, 300], 'Confidence': 0.9}, {'Position': [5, 5",
+    "qwen's own": '[{"bbox_2d": [100, 100, 300, 300], "label": "ace", "confidence": 0.9}]',
+    "qwen's, fence": '```json\n[\n\t{"bbox_2d": [100, 100, 300, 300], "confidence": 0.9}]\n```',
     "cut early": "[{'Position': [100, 100, 300, 300], 'Confidence': 0.9}, ",
 }
 
@@ -109,7 +118,34 @@ def test_what_models_write_is_read(name):
     assert parsed.boxes == (ONE,) and parsed.bad == 0 and parsed.reason == ""
 
 
+def test_a_box_in_qwens_own_form_without_confidence_is_sure():
+    """That form has none; `Position` comes with one, and without it is a wrong box."""
+    answer = '<answer>```json\n[{"bbox_2d": [100, 100, 300, 300], "label": "ace"}]\n```</answer>'
+    assert iou_reward(answer, truth(A)) == confidence_reward(answer, truth(A)) == 1
+    elsewhere = answer.replace("[100, 100", "[250, 250")
+    two = answer.replace("}]", '}, {"bbox_2d": [500, 500, 600, 600]}]')
+    assert confidence_reward(elsewhere, truth(A)) == confidence_reward(two, truth(A)) == 0
+    assert confidence_reward(answer.replace("bbox_2d", "Position"), truth(A)) == 0
+    beside = answer.replace('"label": "ace"', '"Position": [100, 100, 300, 300]')
+    assert iou_reward(beside, truth(A)) == 0
+
+
+def test_solutions_in_qwens_own_form():
+    plain = '[{"bbox_2d": [100, 100, 300, 300], "label": "ace"}]'
+    for solution in (plain, f"<answer>{plain}</answer>", f"<answer>```json\n{plain}\n```</answer>"):
+        assert solution_kind(solution) == "boxes"
+        assert read_boxes(solution) == (Box(*A),)
+        assert iou_reward(boxes((*A, 1)), solution) == 1
+    with pytest.raises(ValueError, match="not a list of boxes"):
+        read_boxes('[{"bbox_2d": [100, 100, 300], "label": "ace"}]')
+
+
 BAD = [
+    '{"bbox_2d": [100, 100, 300], "label": "ace"}',
+    '{"bbox_2d": [300, 300, 100, 100], "label": "ace"}',
+    '{"bbox_2d": [100, 100, 300, 300], "confidence": 7}',
+    '{"bbox_2d": [100, 100, 300, 300], "bbox_2d": [100, 100, 300, 300]}',
+    '{"box_2d": [100, 100, 300, 300], "label": "ace"}',
     "{'Position': [100, 100, 300], 'Confidence': 0.9}",
     "{'Position': [100, 100, 300, 300, 5], 'Confidence': 0.9}",
     "{'Position': [100, 100, 300, 'x'], 'Confidence': 0.9}",
@@ -150,7 +186,7 @@ def test_a_bad_element_counts_as_a_wrong_box_and_voids_no_other(element):
     "element, why",
     [
         ("{'Position': [100, 100, 300, 300]}", "a box with no Confidence"),
-        ("{'bbox_2d': [100, 100, 300, 300], 'Confidence': 1}", "a box with no Position"),
+        ("{'bbox': [100, 100, 300, 300], 'Confidence': 1}", "a box with no Position"),
         ("{'Position': [100, 100, 300, 300], 'Confidence': 90}", "a Confidence that is not 0 to 1"),
         ("{'Position': [100, 100, 300, 300], 'Confidence': 1, 'Confidence': 1}", "two of Confid"),
         ("{'Position': [100, 100, 300], 'Confidence': 1}", "a Position that is not 4 numbers"),
@@ -246,7 +282,19 @@ def test_there_are_many_hostile_answers_and_the_good_one_is_good():
 
 
 PIECES = ["[", "]", "{", "}", "'Position'", '"confidence"', ":", ",", " ", "1", "0.5", "1000", "-"]
-PIECES += ["nan", "1e9", "No Objects", "<answer>", "</answer>", "</think>", "```", "\n", "(", ")"]
+PIECES += [
+    "'bbox_2d'",
+    "nan",
+    "1e9",
+    "No Objects",
+    "<answer>",
+    "</answer>",
+    "</think>",
+    "```",
+    "\n",
+    "(",
+    ")",
+]
 TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 
@@ -259,6 +307,8 @@ TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
         ((150, 100, 450, 300), (1000.0, 1000.0), "[y1, x1, y2, x2]"),
         ((100, 150, 200, 300), (1000.0, 1000.0), "[x, y, width, height]"),
         ((125, 375, 375, 1125), (800.0, 400.0), "thousandths of the image"),
+        ((39.2, 29.4, 117.6, 88.2), (1000.0, 1000.0), "pixels of the resized image"),
+        ((49, 73.5, 147, 196), (800.0, 400.0), "pixels of the resized image"),
     ],
 )
 def test_what_boxes_would_earn_if_they_were_meant_otherwise(position, frame, reading):
@@ -267,7 +317,7 @@ def test_what_boxes_would_earn_if_they_were_meant_otherwise(position, frame, rea
     if frame != (1000.0, 1000.0):
         true = truth((100, 150, 300, 400), (100, 149, 300, 400))
     answer = boxes((*position, 0.7), (0, 0, 1, 1, 0.2))
-    earned = other_readings(answer, true, 0.5, frame, (800, 400))
+    earned = other_readings(answer, true, 0.5, frame, frames_of((800, 400), (392, 196)))
     assert max(earned, key=earned.get) == reading and earned[reading] == 0.5
     same = reading == "as asked"  # which is also the reading with any confidence
     assert sum(value == 0.5 for value in earned.values()) == 1 + same
@@ -278,7 +328,7 @@ def test_what_boxes_would_earn_if_they_were_meant_otherwise(position, frame, rea
 def test_right_boxes_with_a_bad_confidence_are_found(confidence):
     """What the reward is stands under "as asked"; a broken box beside it is a wrong one."""
     element = f"{{'Position': [100, 100, 300, 300]{confidence}}}"
-    readings = (1000.0, 1000.0), (640, 480)
+    readings = (1000.0, 1000.0), FRAMES
     earned = other_readings(f"<answer>[{element}]</answer>", truth(A), 0.5, *readings)
     assert earned["as asked"] == 0 and earned["boxes with any confidence"] == 1
     answer = f"<answer>[{element}, {{'Position': [1, 2, 3]}}]</answer>"
@@ -288,7 +338,7 @@ def test_right_boxes_with_a_bad_confidence_are_found(confidence):
 
 def test_repeated_boxes_are_as_asked_what_they_earn():
     answer = boxes((*A, 0.9), (*A, 0.9))
-    earned = other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), (640, 480))
+    earned = other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), FRAMES)
     assert earned["as asked"] == iou_reward(answer, truth(A)) == 1
 
 
@@ -309,9 +359,14 @@ def test_a_grounding_answer_says_what_is_wrong_with_it(answer, why):
 
 def test_grounding_read_otherwise():
     """Pixels of a 2,000 x 1,500 photograph, where thousandths are asked for."""
-    frame, size, true = (1000.0, 1000.0), (2000, 1500), "(100,200),(600,800)"
+    frame, true = (1000.0, 1000.0), "(100,200),(600,800)"
+    size = frames_of((2000, 1500), (616, 448))
     earned = other_grounding_readings("<answer>(200,300),(1200,1200)</answer>", true, frame, size)
     assert earned["as asked"] == 0 and earned["pixels of the image"] == pytest.approx(1)
+    earned = other_grounding_readings(
+        "<answer>[61.6, 89.6, 369.6, 358.4]</answer>", true, frame, size
+    )
+    assert earned["pixels of the resized image"] == pytest.approx(1)
     right = other_grounding_readings(f"<answer>{true}</answer>", true, frame, size)
     assert max(right, key=right.get) == "as asked" and right["as asked"] == 1
     assert other_grounding_readings("<answer>there</answer>", true, frame, size) == {}
@@ -323,9 +378,9 @@ def test_no_positions_no_readings():
         "<answer>No Objects</answer>",
         "<answer>[{'Position': [1, x, 3, 4]}]</answer>",
     ):
-        assert other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), (9, 9)) == {}
+        assert other_readings(answer, truth(A), 0.5, (1000.0, 1000.0), FRAMES) == {}
     nothing = "<answer>No Objects</answer>"
-    assert other_readings(boxes((*A, 1)), nothing, 0.5, (1000.0, 1000.0), (9, 9)) == {}
+    assert other_readings(boxes((*A, 1)), nothing, 0.5, (1000.0, 1000.0), FRAMES) == {}
 
 
 @given(TEXT)
@@ -336,7 +391,7 @@ def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
             values.append(confidence_reward(completion, solution, "visual_rft"))
             assert all(0 <= value <= 1 for value in values)
             assert isinstance(explain_boxes(completion, solution), str)
-            otherwise = other_readings(completion, solution, 0.5, (1000.0, 1000.0), (640, 480))
+            otherwise = other_readings(completion, solution, 0.5, (1000.0, 1000.0), FRAMES)
             assert all(0 <= value <= 1 for value in otherwise.values())
         assert 0 <= grounding_reward(completion, "(1,1),(9,9)") <= 1
         assert isinstance(explain_grounding(completion, "(1,1),(9,9)"), str)
@@ -345,14 +400,15 @@ def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
 
 @pytest.mark.parametrize(
     "unit",
-    [*PIECES, "x ", "{}", "{'Position'  ", "{'Position': [", "{'Position': [1,2,3,4], ", "[{},"],
+    [*PIECES, "x ", "{}", "{'Position'  ", "{'Position': [", "{'Position': [1,2,3,4], ", "[{},"]
+    + ["{'bbox_2d': [1,2,3,4], ", "{'bbox_2d': [", "}  "],
 )
 def test_a_megabyte_of_anything_is_read_at_once(unit):
     """Quadratic work on this much would outlast any patience: there is no clock here."""
     text = "[x" + unit * (1_000_000 // len(unit)) + "y"
     parse_boxes(text)
     iou_reward(f"<answer>{text}</answer>", truth(A))
-    other_readings(f"<answer>{text}</answer>", truth(A), 0.5, (1000.0, 1000.0), (640, 480))
+    other_readings(f"<answer>{text}</answer>", truth(A), 0.5, (1000.0, 1000.0), FRAMES)
     grounding_reward(f"<answer>{text}</answer>", "(1,1),(9,9)")
 
 
@@ -402,6 +458,11 @@ def test_giou():
         ("(100,100),(300,300)", 1),
         (" ( 100 , 100 ) , (300,300) ", 1),
         ("[100, 100, 300, 300]", 1),
+        ('[{"bbox_2d": [100, 100, 300, 300], "label": "ace"}]', 1),
+        ('```json\n{"bbox_2d": [100, 100, 300, 300]}\n```', 1),
+        ('[{"bbox_2d": [100, 100, 300, 300]}, {"bbox_2d": [100, 100, 300, 300]}]', 0),
+        ('[{"bbox_2d": [100, 100, 300, 300], "bbox_2d": [1, 1, 2, 2]}]', 0),
+        ("[{'Position': [100, 100, 300, 300]}]", 0),
         ("(100,100),(300,200)", 0.75),
         ("(500,500),(700,700)", (1 - 28 / 36) / 2),
         ("(300,300),(100,100)", 0),

@@ -2,8 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -11,11 +9,11 @@ from PIL import Image
 import train_det
 from data.flowers import rows
 from data.virft import load
-from grpo.reward import Record
 from models.processor import Processor
 from rewards.boxes import read_boxes
 from rewards.coco import average_precision
 from rewards.det import iou_reward
+from rewards.frames import Frames
 from rewards.parse import ideal_completion
 from tests.runs import (
     CHECKPOINT,
@@ -24,6 +22,8 @@ from tests.runs import (
     TINY_RUN,
     genuine_checkpoint,
     read_steps,
+    said,
+    save_turned,
 )
 
 
@@ -41,33 +41,24 @@ def test_real_photographs_through_the_detection_script(tmp_path):
     perfect_records(examples, "thousandths", ("ace playing card", "nine playing card"))
 
 
+PROCESSOR = Processor(CHECKPOINT, max_pixels=100 * 28 * 28)
+
+
 def task(frame: str) -> train_det.Task:
-    return train_det.Task("boxes", frame, 0.5, "calibrated")
+    frames = Frames(frame, frame, PROCESSOR.answers_in, PROCESSOR.resized)
+    return train_det.Task("boxes", frames, 0.5, "calibrated")
 
 
 def perfect_records(rows, frame: str, some_names) -> list[dict]:
     """Checks that the true solutions as predictions have AP 1 for every category."""
-    answers, frames = (
-        [train_det.truth(row) for row in rows],
-        [task(frame).size(row) for row in rows],
-    )
-    metrics, results = average_precision(answers, rows, frames)
+    answers = [train_det.truth(row, task(frame)) for row in rows]
+    metrics, results = average_precision(answers, rows, task(frame).frames)
     assert metrics["eval/AP"] == metrics["eval/AP50"] == pytest.approx(1)
     assert {f"eval/AP50/{name}" for name in some_names} <= metrics.keys()
     half = [None if i % 2 else answer for i, answer in enumerate(answers)]
-    worse, _ = average_precision(half, rows, frames)
+    worse, _ = average_precision(half, rows, task(frame).frames)
     assert worse["eval/AP50"] < 0.9
     return results
-
-
-def save_turned(upright: Image.Image, orientation: int, path: Path) -> None:
-    """The image as a camera held so would store it, with the EXIF tag that turns it back."""
-    turns = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}
-    turns |= {8: Image.Transpose.ROTATE_270}
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
-    stored.save(path, exif=exif)
 
 
 def test_average_precision_in_pixels_and_thousandths(tmp_path):
@@ -87,15 +78,15 @@ def test_average_precision_in_pixels_and_thousandths(tmp_path):
     results = perfect_records(examples, "thousandths", ["ace"])
     assert results[0]["bbox"] == pytest.approx([9, 4, 63, 34])
     config = train_det.Config(dataset_name="d")
-    assert train_det.read_task(config, [examples], []).frame == "thousandths"
+    assert train_det.read_task(config, [examples], PROCESSOR, []).frames.answers == "thousandths"
     far = replace(examples[0], solution=examples[0].solution.replace("240", "1240"))
-    assert train_det.read_task(config, [[far]], []).frame == "pixels"
+    assert train_det.read_task(config, [[far]], PROCESSOR, []).frames.answers == "pixels"
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("size", [(640, 480), (300, 900), (1600, 200), (90, 110)])
 def test_the_model_sees_an_object_where_its_box_says(size, orientation, tmp_path):
-    """What the patches show after EXIF rotation and resizing, against the box in either frame."""
+    """What the patches show after EXIF rotation and resizing, against the box in each frame."""
     width, height = size
     box = [width * 0.3, height * 0.25, width * 0.8, height * 0.6]
     upright = Image.new("RGB", size, "black")
@@ -106,18 +97,19 @@ def test_the_model_sees_an_object_where_its_box_says(size, orientation, tmp_path
     (tmp_path / "train.json").write_text(json.dumps([row]))
     (example,) = load(str(tmp_path), "train")
 
-    processor = Processor(CHECKPOINT, max_pixels=100 * 28 * 28)
-    prompt = example.prompt(processor)
+    prompt = example.prompt(PROCESSOR)
     _, rows, columns = prompt.image_grid_thw[0].tolist()
     patches = prompt.pixel_values.view(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[..., 0, 0, :, :]
     seen = patches.permute(0, 2, 4, 1, 3, 5).reshape(rows * 14, columns * 14) > 0.3
     down, across = seen.nonzero().T
-    for frame in ("pixels", "thousandths"):
-        wide, high = task(frame).size(example)
+    for frame in ("pixels", "thousandths", "resized"):
+        wide, high = task(frame).frames.answer(example)
         found = (across.min(), down.min(), across.max() + 1, down.max() + 1)
         scale = (wide / (columns * 14), high / (rows * 14)) * 2
         found = [float(edge) * factor for edge, factor in zip(found, scale, strict=True)]
-        expected = box if frame == "pixels" else [100 * n for n in (3, 2.5, 8, 6)]
+        expected = [
+            n * side for n, side in zip((0.3, 0.25, 0.8, 0.6), (wide, high) * 2, strict=True)
+        ]
         for edge, wanted, factor in zip(found, expected, scale, strict=True):
             assert edge == pytest.approx(wanted, abs=1.5 * factor + wide / width)
         text = boxes_text(found)
@@ -146,15 +138,6 @@ def test_grounding_data_trains_with_its_own_reward(tmp_path):
     assert "rewards/giou/mean" in lines[-1] and "rewards/iou/mean" not in lines[-1]
 
 
-def said(rows, texts: list[str]) -> SimpleNamespace:
-    """A rollout in which each row got one completion."""
-    records = [
-        [Record(row.index, "", None, text, {}, {}, 0.0, 1, False)]
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return SimpleNamespace(rows=rows, records=records)
-
-
 @pytest.mark.slow
 def test_boxes_in_another_frame_are_found_with_what_they_would_have_earned():
     """A detector that answers in pixels of its image: the hint names the reading and its IoU."""
@@ -171,10 +154,11 @@ def test_boxes_in_another_frame_are_found_with_what_they_would_have_earned():
         ]
         text = f"<think>a</think><answer>{shrunk}</answer>"
         texts.append(text)
-    first, *_ = train_det.hints(said(chosen, texts), task("thousandths"))
+    first, second, *_ = train_det.hints(said(chosen, texts), task("thousandths"))
     assert first == (
         "read as pixels of the image, the 4 answers with boxes of this step would have earned an "
         "IoU reward of 1.00 in place of 0.00"
     )
+    assert second == first.replace("the image,", "the resized image,")  # which has the same size
     true = [ideal_completion(row.solution) for row in chosen]
     assert train_det.hints(said(chosen, true), task("thousandths")) == []

@@ -1,0 +1,101 @@
+"""What the coordinates of boxes count: thousandths of the image, its pixels, or those of the image
+as it was resized for the model; and solutions from one of these frames to another.
+
+A frame is (width, height): the coordinates of the image's lower right corner. Images are upright,
+as EXIF says.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from rewards.boxes import POSITION, Box, read_boxes, read_grounding, solution_kind
+
+FRAMES = {
+    "thousandths": "thousandths of the image",
+    "pixels": "pixels of the image",
+    "resized": "pixels of the resized image",
+}
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Which of FRAMES a data set's solutions count in, and the answers to it must.
+
+    taught: what the model was taught to answer in. resized: (width, height) of an image in pixels
+    -> that at which the model sees it.
+    """
+
+    solutions: str
+    answers: str
+    taught: str = field(repr=False)
+    resized: Callable = field(repr=False)
+
+    def __str__(self) -> str:
+        converted = "" if self.solutions == self.answers else ", converted"
+        return (
+            f"solutions count {FRAMES[self.solutions]}{converted}; answers must count "
+            f"{FRAMES[self.answers]} (this model was taught {FRAMES[self.taught]})"
+        )
+
+    def of(self, row) -> dict[str, tuple[float, float]]:
+        """Each of FRAMES for the row's image."""
+        sizes = ((1000, 1000), row.size, self.resized(*row.size))
+        return {name: (float(w), float(h)) for name, (w, h) in zip(FRAMES, sizes, strict=True)}
+
+    def answer(self, row) -> tuple[float, float]:
+        """The frame that an answer to the row must count in."""
+        return self.of(row)[self.answers]
+
+    def solution(self, row) -> str:
+        """The row's solution, in that frame. Raises ValueError as `convert_solution`."""
+        frames = self.of(row)
+        return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
+
+
+def choose_frames(config, solutions: Iterable[str], processor) -> Frames:
+    """By --data_frame and --box_frame. Where they say auto, solutions count what they look like,
+    and answers what the solutions do: that is what a data set's own prompts ask for."""
+    data = guess_frame(solutions) if config.data_frame == "auto" else config.data_frame
+    answers = data if config.box_frame == "auto" else config.box_frame
+    return Frames(data, answers, processor.answers_in, processor.resized)
+
+
+def guess_frame(solutions: Iterable[str]) -> str:
+    """ "pixels" if a coordinate in any of these solutions is above 1000, else "thousandths"."""
+    largest = 0.0
+    for text in solutions:
+        positions = [p for part in re.split(r"[{}]", text) for p in POSITION.findall(part)]
+        for numbers in positions or [text]:  # one box as (x1,y1),(x2,y2) has no key
+            found = re.findall(r"\d+(?:\.\d+)?", numbers)
+            largest = max(largest, *map(float, found), 0.0)
+    return "pixels" if largest > 1000 else "thousandths"
+
+
+@lru_cache(maxsize=4096)  # a solution is read once per completion and term
+def convert_solution(
+    solution: str, source: tuple[float, float], target: tuple[float, float]
+) -> str:
+    """A solution that counts in the frame `source` as it reads in the frame `target`: each
+    coordinate times target / source along its axis, to 9 decimals.
+
+    The same text if the frames are the same or it has no boxes. Raises ValueError as `read_boxes`
+    and `read_grounding`.
+    """
+    if source == target:
+        return solution
+    across, down = target[0] / source[0], target[1] / source[1]
+
+    def corners(box: Box) -> list[str]:
+        scaled = (box.x1 * across, box.y1 * down, box.x2 * across, box.y2 * down)
+        return [f"{x:.9f}".rstrip("0").rstrip(".") for x in scaled]
+
+    if solution_kind(solution) == "grounding":
+        x1, y1, x2, y2 = corners(read_grounding(solution, source))
+        return f"<answer>({x1},{y1}),({x2},{y2})</answer>"
+    boxes = [
+        f"{{'Position': [{', '.join(corners(box))}], 'Confidence': {box.confidence}}}"
+        for box in read_boxes(solution, source)
+    ]
+    return f"<answer>[{', '.join(boxes)}]</answer>" if boxes else solution
