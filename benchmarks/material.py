@@ -1,8 +1,10 @@
-"""Random checkpoints in the published format and noise images, for the benchmarks.
+"""Random checkpoints of each family in the published format, and noise images, for the benchmarks.
 
 tiny    1.9 M parameters, 398 vocabulary entries
 mid     21 M, 8,192 entries: small's body with a vocabulary in proportion
 small   76 M, 151,936 entries, as many as the published models have
+
+(Parameters of Qwen2-VL's; the other families' towers have a few more.)
 """
 
 import json
@@ -13,7 +15,7 @@ from PIL import Image
 
 from demo import make_cls as demo
 from demo.warm_start import SPECIAL, make_folder
-from models.families import parse_config
+from models.families import config_dict, parse_config
 from models.load import save_model
 from models.qwen_vl import QwenVL
 
@@ -25,9 +27,11 @@ SIZES = {
 PROBLEM = "Which flower is this? Answer in <think> </think> and <answer> </answer> tags."
 
 
-def make_checkpoint(folder: Path, size: str) -> Path:
+def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
     """Writes a checkpoint folder with random float32 weights; returns the folder.
 
+    Widths, depths and heads are the same for all families. Qwen2.5-VL has full attention in its
+    last vision block, Qwen3-VL DeepStack after its first and a patch of 16 pixels, as published.
     The tokenizer is the flowers' demo's with entries `w0`, `w1`, ... up to the model's vocabulary,
     its special tokens at the end: every entry can be decoded.
     """
@@ -53,8 +57,10 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}
     write(folder / "generation_config.json", generation)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
-    write(folder / "preprocessor_config.json", processor | {"max_pixels": 1024 * 1024})
+    processor |= {"max_pixels": 1024 * 1024}
+    write(folder / "preprocessor_config.json", processor)
     raw = json.loads((folder / "config.json").read_text()) | {
+        "model_type": family,
         "vocab_size": shape["entries"],
         "hidden_size": shape["width"],
         "intermediate_size": shape["width"] * 8 // 3,
@@ -70,9 +76,26 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         "torch_dtype": "float32",
     }
     vision = {"hidden_size": shape["width"], "embed_dim": shape["vision"], "depth": shape["depth"]}
-    raw["vision_config"] |= vision | {"num_heads": shape["vision"] // 32}
-    write(folder / "config.json", raw)
-    model = QwenVL(parse_config(raw, size)).initialize(torch.Generator().manual_seed(0))
+    vision = raw["vision_config"] | vision | {"num_heads": shape["vision"] // 32}
+    if family != "qwen2_vl":
+        vision |= {"out_hidden_size": shape["width"], "hidden_size": vision.pop("embed_dim")}
+        vision |= {"intermediate_size": 4 * shape["vision"], "model_type": family}
+        del vision["hidden_act"]  # each family's own
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 112, "fullatt_block_indexes": [shape["depth"] - 1]}
+        vision["intermediate_size"] = shape["vision"] * 8 // 3  # three matrices, of 2/3 the width
+    if family == "qwen3_vl":
+        vision |= {"patch_size": 16, "deepstack_visual_indexes": [0]}
+        vision |= {"num_position_embeddings": 48 * 48}
+        raw |= {
+            "head_dim": 32,
+            "rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        }
+        write(folder / "preprocessor_config.json", processor | {"patch_size": 16})
+    raw["vision_config"] = vision
+    config = parse_config(raw, size)
+    write(folder / "config.json", config_dict(config, "float32"))
+    model = QwenVL(config).initialize(torch.Generator().manual_seed(0))
     save_model(dict(model.named_parameters()), model, folder, folder)
     return folder
 

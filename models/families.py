@@ -41,6 +41,12 @@ def parse_config(raw: dict, where: str) -> QwenVLConfig:
         why = f": {REFUSED[found]}" if found in REFUSED else ""
         known = ", ".join(map(repr, FAMILIES))
         raise ValueError(f"{where}: model_type is {found!r}{why}; this trainer knows {known}")
+    if kind := raw.get("quantization_config"):
+        method = kind.get("quant_method", "quantized") if isinstance(kind, dict) else kind
+        raise ValueError(
+            f"{where}: the weights are quantized ({method}), and cannot be trained here; take "
+            f"the checkpoint in bfloat16"
+        )
     return FAMILIES[found].read(raw, where)
 
 
@@ -51,7 +57,7 @@ def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
 
 def published_name(name: str, config: QwenVLConfig) -> str:
     """A parameter's name here -> in the published files of its family."""
-    if not family_of(config).NEW_NAMES or name.startswith("lm_head"):
+    if not family_of(config).PREFIXED_NAMES or name.startswith("lm_head"):
         return name
     if name.startswith("visual."):
         return f"model.{name}"

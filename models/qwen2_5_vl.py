@@ -20,11 +20,13 @@ from models.vision import PatchMerger, Tower, VisionBlock
 
 MODEL_TYPE = "qwen2_5_vl"
 ANSWERS_IN = "resized"  # pixels of the image as it was resized for the model
-NEW_NAMES = False  # its weights are published as visual.* and model.*
+PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
+KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """Raises ValueError, opened by `where`, for what is missing or not done here."""
+    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    with `where`, for what is missing or not done here."""
     text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
     vision.allow("hidden_act", "silu")
     depth, fields = vision.size("depth"), shared_fields(raw, where)

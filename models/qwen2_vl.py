@@ -18,11 +18,13 @@ from models.vision import PatchMerger, Tower, VisionBlock
 
 MODEL_TYPE = "qwen2_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
-NEW_NAMES = False  # its weights are published as visual.* and model.*
+PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
+KEPT_BY_VISION_MLP = 3  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """Raises ValueError, opened by `where`, for what is missing or not done here."""
+    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    with `where`, for what is missing or not done here."""
     text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
     vision.allow("hidden_act", "quick_gelu")
     width = vision.size("embed_dim")
@@ -52,7 +54,10 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         raise ValueError(
             f"{where}: hidden_size {fields['hidden_size']} does not divide into {heads} heads"
         )
+    nested = (raw.get("text_config") or {}).get("tie_word_embeddings")
     return {
+        # at the top as published; transformers before 5 wrote it into text_config
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or nested),
         "head_dim": fields["hidden_size"] // heads,
         "attention_bias": True,
         "qk_norm": False,
@@ -88,6 +93,8 @@ def write(config: QwenVLConfig, dtype: str) -> dict:
 
 
 class QuickGELUMLP(nn.Module):
+    """Feed-forward, (patches, embed_dim) -> the same."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)

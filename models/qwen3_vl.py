@@ -18,11 +18,13 @@ from models.vision import Tower, VisionBlock
 
 MODEL_TYPE = "qwen3_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
-NEW_NAMES = True  # its weights are published as model.visual.* and model.language_model.*
+PREFIXED_NAMES = True  # its weights are published as model.visual.* and model.language_model.*
+KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """Raises ValueError, opened by `where`, for what is missing or not done here."""
+    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    with `where`, for what is missing or not done here."""
     text, rope = text_table(raw, where), rope_table(raw, where)
     vision = Table(raw.get("vision_config"), where)
     vision.allow("hidden_act", "gelu_pytorch_tanh")
@@ -33,6 +35,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         family=MODEL_TYPE,
         **fields,
         head_dim=text.size("head_dim", default=128),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=False,
         qk_norm=True,
         rope_theta=rope.need("rope_theta"),
@@ -117,6 +120,8 @@ def write(config: QwenVLConfig, dtype: str) -> dict:
 
 
 class TanhGELUMLP(nn.Module):
+    """Feed-forward, (patches, embed_dim) -> the same."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.linear_fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
@@ -127,7 +132,8 @@ class TanhGELUMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """Joins merge x merge neighbouring patches into one token of the decoder's width.
+    """Joins merge x merge neighbouring patches into one token of the decoder's width, (patches,
+    embed_dim) -> (patches / merge^2, hidden_size).
 
     joined_norm: the norm is taken of the joined patches (DeepStack's mergers), not of each.
     """
@@ -181,11 +187,12 @@ class VisionTower(Tower):
 
     def learned_positions(self, grids: list[list[int]], device: torch.device) -> Tensor:
         """(patches, embed_dim): the square grid stretched over each image, corner to corner, and
-        read between its entries by bilinear interpolation. Weights are float32, as published."""
+        read between its entries by bilinear interpolation, with float32 factors."""
         side = round(self.config.num_position_embeddings**0.5)
         near, far, weight = [], [], []
-        sizes = [(h, w) for t, h, w in grids for _ in range(t * h * w)]
-        sizes = torch.tensor(sizes, device=device).clamp(min=2)  # a single row or column is entry 0
+        grids_of = torch.tensor(grids, device=device)
+        sizes = grids_of[:, 1:].repeat_interleave(grids_of.prod(1), 0)
+        sizes = sizes.clamp(min=2)  # a single row or column is entry 0
         for place, size in zip(self.places(grids, device), sizes.T, strict=True):
             place = place.float() * (side - 1) / (size - 1)
             low = place.floor()

@@ -197,6 +197,8 @@ def published(name: str) -> dict:
         width, layers, heads, kv, inner, vocabulary = {
             "3B": (2048, 36, 16, 2, 11008, 151936),
             "7B": (3584, 28, 28, 4, 18944, 152064),
+            "32B": (5120, 64, 40, 8, 27648, 152064),
+            "72B": (8192, 80, 64, 8, 29568, 152064),
         }[size]
         return TOKENS | {
             "model_type": "qwen2_5_vl", "hidden_size": width, "num_hidden_layers": layers,
@@ -205,7 +207,8 @@ def published(name: str) -> dict:
             "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
             "tie_word_embeddings": size == "3B", "hidden_act": "silu",
             "vision_config": {
-                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "tokens_per_second": 2,
+                "intermediate_size": 3420 if size in ("3B", "7B") else 3456,
                 "num_heads": 16, "in_chans": 3, "out_hidden_size": width, "patch_size": 14,
                 "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
                 "fullatt_block_indexes": [7, 15, 23, 31], "temporal_patch_size": 2,
@@ -213,8 +216,9 @@ def published(name: str) -> dict:
         }  # fmt: skip
     width, layers, heads, inner = {
         "2B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728), "8B": (4096, 36, 32, 12288),
+        "32B": (5120, 64, 64, 25600),
     }[size]  # fmt: skip
-    large = size == "8B"
+    large = size in ("8B", "32B")
     return TOKENS | {
         "model_type": "qwen3_vl", "tie_word_embeddings": not large,
         "text_config": {
@@ -236,7 +240,8 @@ def published(name: str) -> dict:
     }  # fmt: skip
 
 
-SIZES = ("Qwen2.5-VL 3B", "Qwen2.5-VL 7B", "Qwen3-VL 2B", "Qwen3-VL 4B", "Qwen3-VL 8B")
+SIZES = [f"Qwen2.5-VL {size}" for size in ("3B", "7B", "32B", "72B")]
+SIZES += [f"Qwen3-VL {size}" for size in ("2B", "4B", "8B", "32B")]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -256,6 +261,7 @@ def test_published_sizes_have_the_shapes_of_transformers(name):
     "change, message",
     [
         ({"model_type": "qwen3_vl_moe"}, "qwen3_vl_moe.*mixture of experts"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\).*in bfloat16"),
         ({"text_config": {"attention_bias": True}}, "attention_bias"),
         ({"text_config": {"rope_scaling": {"mrope_section": [24, 20, 20]}}}, "rope_theta"),
         ({"text_config": {"head_dim": 96}}, "mrope_section"),
@@ -270,6 +276,6 @@ def test_what_is_not_done_here_is_refused(change, message):
     if "rope_theta" in message:
         del raw["text_config"]["rope_theta"]
     for name, value in change.items():
-        raw[name] = raw[name] | value if isinstance(value, dict) else value
+        raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         parse_config(raw, "here")

@@ -12,11 +12,11 @@ from PIL import Image
 
 import models.processor
 from data.flowers import PROBLEM, rows
-from models.processor import Processor, qwen_fetch_image
+from models.processor import Processor, qwen_vl_utils
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "data" / "demo_cls" / "checkpoint"
 GENUINE = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen2_tokenizer"
-SIZES = [(84, 84), (300, 80), (57, 400), (1000, 700), (28, 28), (5, 5)]
+SIZES = [(84, 84), (300, 80), (57, 400), (1000, 700), (28, 28), (5, 5), (3000, 20)]
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_qwen_vl_utils_gives_the_same_pixels(processor, monkeypatch):
     (On a CPU-only torch torchvision cannot be imported, and with it qwen_vl_utils.)
     """
     pytest.importorskip("av", reason="qwen-vl-utils is not installed")
-    if qwen_fetch_image() is None:
+    if qwen_vl_utils() is None:
         for name in ("torchvision", "torchvision.io", "torchvision.transforms"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         sys.modules["torchvision"].io = sys.modules["torchvision.io"]
@@ -82,11 +82,11 @@ def test_qwen_vl_utils_gives_the_same_pixels(processor, monkeypatch):
         sys.modules["torchvision.transforms"].InterpolationMode = object
         for name in [name for name in sys.modules if name.startswith("qwen_vl_utils")]:
             monkeypatch.delitem(sys.modules, name)
-    qwen_vl_utils = pytest.importorskip("qwen_vl_utils")
+    utils = pytest.importorskip("qwen_vl_utils.vision_process")
     images = [gradient_image(*size) for size in SIZES]
-    monkeypatch.setattr(models.processor, "qwen_fetch_image", lambda: None)
+    monkeypatch.setattr(models.processor, "qwen_vl_utils", lambda: None)
     ours = processor.encode_images(images)
-    monkeypatch.setattr(models.processor, "qwen_fetch_image", lambda: qwen_vl_utils.fetch_image)
+    monkeypatch.setattr(models.processor, "qwen_vl_utils", lambda: utils)
     theirs = processor.encode_images(images)
     assert torch.equal(ours[1], theirs[1])
     assert torch.equal(ours[0], theirs[0])

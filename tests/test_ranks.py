@@ -14,10 +14,11 @@ from grpo.optimizer import Optimizer
 from grpo.ranks import Ranks
 from grpo.run.clock import WHAT_TO_LOWER
 from grpo.shard import check_sharding, checksum
+from models.families import FAMILIES
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
 from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import family_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.slow
@@ -44,7 +45,8 @@ CASES = {
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
 RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
-GRADIENTS = [(2, 2, False), (2, 2, True), (4, 4, True), (4, 2, False)]
+GRADIENTS = [(2, 2, family, tied) for family in FAMILIES for tied in (False, True)]
+GRADIENTS += [(4, 4, "qwen2_vl", True), (4, 2, "qwen2_vl", False), (4, 2, "qwen3_vl", True)]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +80,10 @@ def four(tmp_path_factory):
 
 def gradient_calls(folder: Path, world: int) -> list:
     calls = []
-    for ranks, shard_size, tied in GRADIENTS:
+    for ranks, shard_size, family, tied in GRADIENTS:
         if ranks == world:
-            model = tiny_model(tiny_config(tied=tied), torch.float32, scale=1)
-            place = folder / f"gradient-{shard_size}-{tied}"
+            model = tiny_model(family_config(family, tied), torch.float32, scale=1)
+            place = folder / f"gradient-{shard_size}-{family}-{tied}"
             save_model(dict(model.named_parameters()), model, place, place)
             calls.append(["gradient", [str(place), shard_size]])
     return calls
@@ -116,16 +118,16 @@ def compare(one: Path, two: Path, name: str) -> None:
     assert apart <= 0.2 * moved, f"{name}: {apart} after a way of {moved}"
 
 
-@pytest.mark.parametrize("ranks, shard_size, tied", GRADIENTS)
-def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, tied):
+@pytest.mark.parametrize("ranks, shard_size, family, tied", GRADIENTS)
+def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, family, tied):
     """One rank with images and one without; of four ranks two have nothing, and rows do not divide
     evenly. The full copy and the files hold every weight, and the checksum is the same; also for
     two copies of two shards."""
     folder = request.getfixturevalue("two")[0] if ranks == 2 else request.getfixturevalue("four")
-    folder = folder / f"gradient-{shard_size}-{tied}"
+    folder = folder / f"gradient-{shard_size}-{family}-{tied}"
     found = torch.load(folder / "found.pt", weights_only=True)
     plain = load_model(folder, torch.float32, "cpu")
-    assert plain.config == tiny_config(tied=tied)
+    assert plain.config == family_config(family, tied)
     for name, weight in plain.named_parameters():
         assert torch.equal(found["full"][name], weight), name
     for packs in uneven_packs(plain.config):

@@ -47,7 +47,6 @@ def said(answer: str) -> str:
         ("<answer>tulip</answer></think><answer>rose</answer>", "rose"),
         ("</think></think><answer>rose</answer>", "rose"),
         ("<answer>a</answer></think><answer>b</answer></think><answer>rose</answer>", "rose"),
-        ("<think>never closed <answer>rose</answer>", "rose"),
         ("<answer>rose <think></answer>", "rose <think>"),
         ("<answer>a < b > c</answer>", "a < b > c"),
         ("<answer><b>rose</b></answer>", "<b>rose</b>"),
@@ -66,6 +65,8 @@ def test_finds_the_answer(completion, answer):
     [
         ("", "no answer tag"),
         ("rose", "no answer tag"),
+        ("<think>never closed <answer>rose</answer>", "thought not closed"),
+        (" \n<think>\n<think>rose", "thought not closed"),
         ("<think>x</think>rose", "no answer tag"),
         ("<think><answer>rose</answer></think>", "no answer tag"),
         ("<answer>rose</answer></think>", "no answer tag"),

@@ -15,16 +15,11 @@ from safetensors.torch import load_file
 
 import train_cls
 from data.flowers import rows
-from data.images import open_image
-from data.virft import load
 from rewards.cls import accuracy_reward
 from tests.runs import (
     CHECKPOINT,
     ROOT,
-    SHARED,
     SHORT,
-    TINY_RUN,
-    genuine_checkpoint,
     logits_here_and_in_transformers,
     read_lines,
     read_steps,
@@ -216,21 +211,3 @@ def test_torchrun_and_user_errors(tmp_path):
         [sys.executable, "train_cls.py", "--betta"], cwd=ROOT, capture_output=True, text=True
     )
     assert out.returncode == 2 and "did you mean --beta?" in out.stderr
-
-
-@pytest.mark.slow
-def test_real_photographs_with_the_genuine_vocabulary(tmp_path):
-    """ViRFT data in both forms, Qwen2's 151,936 entries, random weights, three steps."""
-    if not SHARED.exists():
-        pytest.skip("the shared photographs are not here")
-    model = ["--model_name_or_path", str(genuine_checkpoint(tmp_path / "model")), *TINY_RUN]
-    metrics = []
-    for form in ("hf", ""):
-        run = tmp_path / f"run{form}"
-        metrics.append(train(run, "--dataset_name", str(SHARED / "clothing" / form), *model))
-        assert len(metrics[-1]) == 4
-    assert timeless(metrics[0]) == timeless(metrics[1])
-    example = load(str(SHARED / "clothing"), "test")[0]
-    image = open_image(example.images[0]).resize((224, 224))
-    ours, theirs = logits_here_and_in_transformers(run / "final", image, example.problem)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
