@@ -105,14 +105,16 @@ def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:
         vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "depth": 2}
         vision |= {"num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1]}
     if family == "qwen3_vl":
-        raw["text_config"] = {"head_dim": 12, "rope_theta": 5e6}
-        raw["rope_scaling"] = {"mrope_section": [2, 2, 2], "mrope_interleaved": True}
+        raw["text_config"] = {"head_dim": 24, "rope_theta": 5e6}
+        raw["rope_scaling"] = {"mrope_section": [4, 4, 4], "mrope_interleaved": True}
         vision |= {"patch_size": 16, "num_position_embeddings": 16}
         vision |= {"deepstack_visual_indexes": [0]}
         size = {"longest_edge": 16777216, "shortest_edge": 65536}
         settings |= {"patch_size": 16, "size": size, "image_mean": [0.5] * 3}
         settings |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessorFast"}
         settings = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels")}
+    kinds = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    settings["processor_class"] = kinds[family] + "Processor"
     raw["vision_config"] = vision
     model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
     save_model(dict(model.named_parameters()), model, folder, SHARED / "qwen2_tokenizer")

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch.nn.functional import linear
 
+from benchmarks.memory import SIZES, published
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
@@ -184,64 +185,6 @@ def load_names(path) -> list[str]:
 
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
-
-
-# config.json as published, in what a shape depends on
-TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
-TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
-
-
-def published(name: str) -> dict:
-    family, size = name.rsplit(" ", 1)
-    if family == "Qwen2.5-VL":
-        width, layers, heads, kv, inner, vocabulary = {
-            "3B": (2048, 36, 16, 2, 11008, 151936),
-            "7B": (3584, 28, 28, 4, 18944, 152064),
-            "32B": (5120, 64, 40, 8, 27648, 152064),
-            "72B": (8192, 80, 64, 8, 29568, 152064),
-        }[size]
-        return TOKENS | {
-            "model_type": "qwen2_5_vl", "hidden_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": inner,
-            "vocab_size": vocabulary, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "tie_word_embeddings": size == "3B", "hidden_act": "silu",
-            "vision_config": {
-                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "tokens_per_second": 2,
-                "intermediate_size": 3420 if size in ("3B", "7B") else 3456,
-                "num_heads": 16, "in_chans": 3, "out_hidden_size": width, "patch_size": 14,
-                "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-                "fullatt_block_indexes": [7, 15, 23, 31], "temporal_patch_size": 2,
-            },
-        }  # fmt: skip
-    width, layers, heads, inner = {
-        "2B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728), "8B": (4096, 36, 32, 12288),
-        "32B": (5120, 64, 64, 25600),
-    }[size]  # fmt: skip
-    large = size in ("8B", "32B")
-    return TOKENS | {
-        "model_type": "qwen3_vl", "tie_word_embeddings": not large,
-        "text_config": {
-            "model_type": "qwen3_vl_text", "hidden_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": 8, "intermediate_size": inner,
-            "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 5_000_000,
-            "rope_scaling": {
-                "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default",
-            },
-            "hidden_act": "silu", "attention_bias": False,
-        },
-        "vision_config": {
-            "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024,
-            "intermediate_size": 4304 if large else 4096, "num_heads": 16, "out_hidden_size": width,
-            "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17], "patch_size": 16,
-            "num_position_embeddings": 2304, "hidden_act": "gelu_pytorch_tanh",
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
-        },
-    }  # fmt: skip
-
-
-SIZES = [f"Qwen2.5-VL {size}" for size in ("3B", "7B", "32B", "72B")]
-SIZES += [f"Qwen3-VL {size}" for size in ("2B", "4B", "8B", "32B")]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import train_cls
 import train_det
@@ -18,7 +19,7 @@ from data.images import open_image
 from data.virft import load
 from models.families import FAMILIES
 from models.load import read_config
-from models.processor import Processor
+from models.processor import Processor, qwen_vl_utils
 from rewards.format import format_reward
 from rewards.parse import find_answer
 from tests.runs import (
@@ -198,7 +199,7 @@ def real_images() -> dict:
 def test_pixels_and_tokens_are_those_of_transformers(tmp_path, family):
     """With the bounds of the checkpoint's own file, one image and all of them in one prompt."""
     processor = Processor(genuine_checkpoint(tmp_path, family))
-    peer = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    peer = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)  # Auto's, where torchvision is not
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     images = real_images()
     for some in ([image] for image in [*images.values()]), [list(images.values())]:
@@ -219,3 +220,33 @@ def test_pixels_and_tokens_are_those_of_transformers(tmp_path, family):
                 patch = processor.config.vision.patch_size
                 assert processor.resized(*image.size) == (w * patch, h * patch)
                 assert h % 2 == w % 2 == 0
+
+
+@real
+@by_family
+def test_pixels_and_tokens_are_those_of_autoprocessor_and_qwen_vl_utils(tmp_path, family):
+    """Where torchvision is, transformers resizes with it: some pixels then differ by one or two
+    levels of 255. After qwen-vl-utils, which resizes with Pillow as we do, only the rounding of the
+    normalization differs."""
+    if qwen_vl_utils() is None:
+        pytest.skip("qwen_vl_utils cannot be imported: it needs torchvision")
+    processor = Processor(genuine_checkpoint(tmp_path, family))
+    peer = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(peer).__name__.replace("_", "").lower() == f"{family}processor".replace("_", "")
+    bounds = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
+    level = 1 / (255 * min(processor.image_processor.image_std))
+    patch = processor.config.vision.patch_size
+    for name, image in real_images().items():
+        prompt = processor.encode("What is it?", [image], ("a",))
+        content = [{"type": "image", "image": image, **bounds}]
+        content += [{"type": "text", "text": "What is it?"}]
+        messages = [{"role": "user", "content": content}]
+        text = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        fetched, _ = qwen_vl_utils().process_vision_info(messages, image_patch_size=patch)
+        for images, bound in ([image], 2.01 * level), (fetched, 1e-6):
+            expected = peer(text=[text], images=images, return_tensors="pt")
+            assert expected["input_ids"][0].tolist() == prompt.input_ids.tolist()
+            assert torch.equal(expected["image_grid_thw"], prompt.image_grid_thw)
+            apart = (expected["pixel_values"] - prompt.pixel_values).abs()
+            print(f"{family} {name}: apart by {apart.max():.2g} at most, {apart.mean():.2g} mean")
+            assert apart.max() < bound and apart.mean() < 0.2 * level

@@ -1,11 +1,11 @@
 """The plan's estimate of memory, against what autograd and the optimizer hold."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.memory import published
 from grpo.logps import pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
@@ -93,29 +93,15 @@ def test_fixed_parts_are_the_sizes(tmp_path):
     assert phases["saving"]["file on its way"] * 1e9 == pytest.approx(8 * total)
 
 
-def published(width, inner, heads, kv_heads, vocabulary, tied):
-    """The published sizes of Qwen2-VL: 28 layers, a tower of 32 blocks."""
-    raw = json.loads((ROOT / "data/demo_cls/checkpoint/config.json").read_text())
-    raw |= {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
-    raw |= {"num_key_value_heads": kv_heads, "num_hidden_layers": 28, "vocab_size": vocabulary}
-    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-    raw |= {"tie_word_embeddings": tied}
-    raw["vision_config"] = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
-    raw["vision_config"] |= {"hidden_size": width, "in_chans": 3, "patch_size": 14}
-    return parse_config(raw, "published")
-
-
-SIZES = {
-    "2B": ((1536, 8960, 12, 2, 151936, True), 2_208_985_600, 1),
-    "7B": ((3584, 18944, 28, 4, 152064, False), 8_291_375_616, 8),
-}
+SIZES = {"Qwen2-VL 2B": (2_208_985_600, 1), "Qwen2-VL 7B": (8_291_375_616, 8)}
+SIZES |= {"Qwen2.5-VL 7B": (8_292_166_656, 8), "Qwen3-VL 8B": (8_767_123_696, 8)}
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_models_fit_the_machines_that_are_asked_for(name):
-    """2B on one card of 80 GB, 7B on eight, with the flags' defaults; 7B not on one."""
-    sizes, total, world = SIZES[name]
-    config = published(*sizes)
+    """2B on one card of 80 GB, 7B and 8B on eight, with the flags' defaults; 7B not on one."""
+    total, world = SIZES[name]
+    config = parse_config(published(name), name)
     with torch.device("meta"):
         model = QwenVL(config)
     assert sum(p.numel() for p in model.parameters()) == total
@@ -130,7 +116,7 @@ def test_published_models_fit_the_machines_that_are_asked_for(name):
         return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
 
     assert peak(world) < 70, "leave room for CUDA, NCCL and fragments"
-    if name == "7B":
+    if name == "Qwen2-VL 7B":
         assert peak(1) > 120
         whole = peak(8)
         settings.shard_size = 4

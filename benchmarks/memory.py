@@ -1,0 +1,109 @@
+"""The memory that `--dry_run` predicts for the published sizes of each family.
+
+    python -m benchmarks.memory
+
+Prints a table in Markdown: the peak over the phases of a step, with the flags' defaults in
+bfloat16, prompts of 1,024 tokens, on one GPU and on each of eight. Nothing is loaded or measured:
+the sizes below are those of the published config.json files, as far as a shape depends on them.
+"""
+
+import torch
+
+from grpo.run.config import TrainingConfig
+from grpo.run.plan import estimate_memory
+from models.config import QwenVLConfig
+from models.families import parse_config
+from models.qwen_vl import QwenVL
+
+PROMPT = 1024  # tokens
+TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+
+# name: hidden size, layers, heads, key/value heads, inner size, vocabulary, is the head tied
+SIZES = {
+    "Qwen2-VL 2B": (1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen2-VL 7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen2-VL 72B": (8192, 80, 64, 8, 29568, 152064, False),
+    "Qwen2.5-VL 3B": (2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen2.5-VL 7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen2.5-VL 32B": (5120, 64, 40, 8, 27648, 152064, False),
+    "Qwen2.5-VL 72B": (8192, 80, 64, 8, 29568, 152064, False),
+    "Qwen3-VL 2B": (2048, 28, 16, 8, 6144, 151936, True),
+    "Qwen3-VL 4B": (2560, 36, 32, 8, 9728, 151936, True),
+    "Qwen3-VL 8B": (4096, 36, 32, 8, 12288, 151936, False),
+    "Qwen3-VL 32B": (5120, 64, 64, 8, 25600, 151936, False),
+}
+
+
+def published(name: str) -> dict:
+    """config.json of one of SIZES, in what a shape depends on."""
+    width, layers, heads, kv, inner, vocabulary, tied = SIZES[name]
+    family, size = name.split()
+    text = {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "intermediate_size": inner, "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    }  # fmt: skip
+    vision = {"num_heads": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "Qwen3-VL":
+        large = size in ("8B", "32B")
+        return TOKENS | {
+            "model_type": "qwen3_vl", "tie_word_embeddings": tied,
+            "text_config": text | {
+                "model_type": "qwen3_vl_text", "head_dim": 128, "rope_theta": 5_000_000,
+                "rope_scaling": {
+                    "mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                    "rope_type": "default",
+                },
+                "attention_bias": False,
+            },
+            "vision_config": vision | {
+                "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024,
+                "intermediate_size": 4304 if large else 4096, "out_hidden_size": width,
+                "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17],
+                "patch_size": 16, "num_position_embeddings": 2304, "in_channels": 3,
+                "hidden_act": "gelu_pytorch_tanh",
+            },
+        }  # fmt: skip
+    vision |= {"depth": 32, "in_chans": 3, "patch_size": 14}
+    if family == "Qwen2-VL":
+        vision |= {"embed_dim": 1280, "hidden_size": width, "mlp_ratio": 4}
+        vision |= {"hidden_act": "quick_gelu"}
+    else:
+        vision |= {"hidden_size": 1280, "out_hidden_size": width, "hidden_act": "silu"}
+        vision |= {"intermediate_size": 3420 if size in ("3B", "7B") else 3456}
+        vision |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+        vision |= {"spatial_patch_size": 14, "tokens_per_second": 2}
+    return TOKENS | text | {
+        "model_type": "qwen2_vl" if family == "Qwen2-VL" else "qwen2_5_vl",
+        "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": tied, "vision_config": vision,
+    }  # fmt: skip
+
+
+def parameters(config: QwenVLConfig) -> tuple[int, int]:
+    """Of the model, and of its vision tower."""
+    with torch.device("meta"):
+        model = QwenVL(config)
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
+
+
+def peak(config: QwenVLConfig, world: int, **flags) -> float:
+    """The largest phase's GB on each of `world` GPUs."""
+    settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **flags)
+    place = (*parameters(config), PROMPT, True, world, "cuda:0")
+    return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
+
+
+def main() -> None:
+    print("| model | parameters | one GPU | one GPU, `--freeze_vision` | each of eight |")
+    print("|---|---|---|---|---|")
+    for name in SIZES:
+        config = parse_config(published(name), name)
+        billions = parameters(config)[0] / 1e9
+        cells = [peak(config, 1), peak(config, 1, freeze_vision=True), peak(config, 8)]
+        print(f"| {name} | {billions:.3f}e9 | " + " | ".join(f"{gb:.0f}" for gb in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
