@@ -24,6 +24,11 @@ SIZES = {
     "mid": {"width": 384, "layers": 8, "vision": 256, "depth": 4, "entries": 8192},
     "small": {"width": 384, "layers": 8, "vision": 256, "depth": 4, "entries": 151936},
 }
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
 PROBLEM = "Which flower is this? Answer in <think> </think> and <answer> </answer> tags."
 
 
@@ -57,7 +62,7 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
     generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}
     write(folder / "generation_config.json", generation)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
-    processor |= {"max_pixels": 1024 * 1024}
+    processor |= {"max_pixels": 1024 * 1024, "processor_class": PROCESSORS[family]}
     write(folder / "preprocessor_config.json", processor)
     raw = json.loads((folder / "config.json").read_text()) | {
         "model_type": family,

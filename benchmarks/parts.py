@@ -34,6 +34,7 @@ from grpo.pack import make_packs
 from grpo.rollout import sample_groups
 from models.cache import KVCache
 from models.decode import DecodeStep
+from models.families import FAMILIES
 from models.generate import Sampling, sample
 from models.load import load_model
 from models.processor import Processor
@@ -87,7 +88,7 @@ def nbytes(module: torch.nn.Module) -> int:
 
 def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
     """Name -> (what to run, bytes that it must move)."""
-    checkpoint = make_checkpoint(folder / "model", options.model)
+    checkpoint = make_checkpoint(folder / "model", options.model, options.family)
     make_images(folder / "images", PROMPTS, options.image)
     processor = Processor(checkpoint)
     model = load_model(checkpoint, torch.float32, "cpu")
@@ -192,6 +193,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("tiny", "mid", "small"), default="tiny")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--image", type=int, default=448, help="pixels a side")
     parser.add_argument("--completion", type=int, default=64, help="tokens")
     parser.add_argument("--group", type=int, default=GROUP)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--only", choices=step.KINDS, nargs="+", default=step.KINDS[:2])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    usual = {"group": step.GROUP, "image": 448, "completion": 64}
+    usual = {"family": "qwen2_vl", "group": step.GROUP, "image": 448, "completion": 64}
     usual |= {"gradient_checkpointing": "false", "rounds": 1}
     reports = []
     for name, value in POINTS:

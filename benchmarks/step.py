@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 PROMPTS, GROUP, BETA, RATE = 2, 8, 0.04, 1e-5
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 KINDS = ("ours", "peer", "peer_without_checkpointing")
 
 
@@ -251,6 +252,7 @@ def summary(runs: list[dict], tokens: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("tiny", "mid", "small"), default="tiny")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--image", type=int, default=448, help="pixels a side")
     parser.add_argument("--completion", type=int, default=64, help="tokens")
     parser.add_argument("--group", type=int, default=GROUP)
@@ -282,7 +284,9 @@ def measure(options: argparse.Namespace) -> dict:
         each = -(-options.steps // options.rounds)
         settings = {
             "folder": folder,
-            "checkpoint": str(make_checkpoint(Path(folder) / "model", options.model)),
+            "checkpoint": str(
+                make_checkpoint(Path(folder) / "model", options.model, options.family)
+            ),
             "images": str(
                 make_images(Path(folder) / "images", PROMPTS * (each + 1), options.image)
             ),
@@ -299,7 +303,8 @@ def measure(options: argparse.Namespace) -> dict:
                 load.append(os.getloadavg()[0])
     tokens = PROMPTS * options.group * options.completion
     report = {
-        "setting": f"{options.model}, {options.image} pixels, {options.completion} tokens, "
+        "setting": f"{options.family} {options.model}, {options.image} pixels, "
+        f"{options.completion} tokens, "
         f"G {options.group}",
         "our_gradient_checkpointing": options.gradient_checkpointing == "true",
         "load_average": load,

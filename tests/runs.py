@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 import train_cls
+from benchmarks.material import PROCESSORS
 from data.flowers import rows
 from grpo.reward import Record
 from models.families import parse_config
@@ -113,8 +114,7 @@ def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:
         settings |= {"patch_size": 16, "size": size, "image_mean": [0.5] * 3}
         settings |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessorFast"}
         settings = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels")}
-    kinds = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
-    settings["processor_class"] = kinds[family] + "Processor"
+    settings["processor_class"] = PROCESSORS[family]
     raw["vision_config"] = vision
     model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
     save_model(dict(model.named_parameters()), model, folder, SHARED / "qwen2_tokenizer")
