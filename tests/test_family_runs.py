@@ -28,6 +28,7 @@ from tests.runs import (
     genuine_checkpoint,
     logits_here_and_in_transformers,
     read_lines,
+    save_turned,
     timeless,
     train,
 )
@@ -180,12 +181,16 @@ def test_real_photographs_with_the_genuine_vocabulary(tmp_path, family):
     assert json.loads((run / "coco-3.json").read_text()) == []
 
 
-def real_images() -> dict:
-    """Photographs as they are, very wide, tiny, and turned by their EXIF tag."""
+def real_images(folder) -> dict:
+    """Photographs as they are, very wide, tiny, and turned by their EXIF tag (in `folder`)."""
     paths = sorted((SHARED / "clothing" / "images").rglob("*.jpg"))[:2]
     paths += sorted((SHARED / "cards" / "images").rglob("*.*"))[:2]
     images = {path.name: open_image(path) for path in paths}
     one = images[paths[0].name]
+    for orientation in (3, 6, 8):
+        save_turned(one, orientation, folder / f"turned {orientation}.png")
+        images[f"turned {orientation}"] = open_image(folder / f"turned {orientation}.png")
+        assert images[f"turned {orientation}"].tobytes() == one.tobytes()
     return images | {
         "wide": one.resize((1900, 40)),
         "tall": one.resize((60, 2000)),
@@ -201,7 +206,7 @@ def test_pixels_and_tokens_are_those_of_transformers(tmp_path, family):
     processor = Processor(genuine_checkpoint(tmp_path, family))
     peer = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)  # Auto's, where torchvision is not
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    images = real_images()
+    images = real_images(tmp_path)
     for some in ([image] for image in [*images.values()]), [list(images.values())]:
         for chosen in some:
             keys = tuple(map(str, range(len(chosen))))
@@ -236,7 +241,7 @@ def test_pixels_and_tokens_are_those_of_autoprocessor_and_qwen_vl_utils(tmp_path
     bounds = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
     level = 1 / (255 * min(processor.image_processor.image_std))
     patch = processor.config.vision.patch_size
-    for name, image in real_images().items():
+    for name, image in real_images(tmp_path).items():
         prompt = processor.encode("What is it?", [image], ("a",))
         content = [{"type": "image", "image": image, **bounds}]
         content += [{"type": "text", "text": "What is it?"}]
