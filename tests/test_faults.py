@@ -471,7 +471,7 @@ def test_gradients_of_trainable_and_frozen_parameters_are_told_apart(frozen):
     optimizer = Optimizer(model, 0.0)
     prompt = tiny_prompt(config, [(4, 4)])
     rows = [SimpleNamespace(images=["a"], solution="", prompt=lambda processor: prompt)]
-    processor = SimpleNamespace(tokenizer=lambda *a, **o: {"input_ids": [5, 6, 7]})
+    processor = SimpleNamespace(tokenizer=lambda *a, **o: {"input_ids": [5, 6, 7]}, opened="")
     alone = Ranks(0, 1, torch.device("cpu"))
     run = SimpleNamespace(ranks=alone, phase=lambda *a: None)
     row = (rows, processor, run)

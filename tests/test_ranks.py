@@ -14,7 +14,6 @@ from grpo.optimizer import Optimizer
 from grpo.ranks import Ranks
 from grpo.run.clock import WHAT_TO_LOWER
 from grpo.shard import check_sharding, checksum
-from models.families import FAMILIES
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
 from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
@@ -45,8 +44,8 @@ CASES = {
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
 RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
-GRADIENTS = [(2, 2, family, tied) for family in FAMILIES for tied in (False, True)]
-GRADIENTS += [(4, 4, "qwen2_vl", True), (4, 2, "qwen2_vl", False), (4, 2, "qwen3_vl", True)]
+GRADIENTS = [(2, 2, "qwen2_vl", False), (2, 2, "qwen2_vl", True), (2, 2, "qwen2_5_vl", False)]
+GRADIENTS += [(2, 2, "qwen3_vl", True), (4, 4, "qwen2_vl", True), (4, 2, "qwen3_vl", False)]
 
 
 @pytest.fixture(scope="module")
