@@ -17,6 +17,7 @@ from models.families import FAMILIES, parameter_name, parse_config, read_config
 from models.generate import Sampling, generate
 from models.load import load_model, save_model, weight_files
 from models.qwen_vl import image_features, with_image_features
+from models.storage import joined
 from tests.peer import own_hidden, reference_inputs, reference_model
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
 
@@ -222,3 +223,29 @@ def test_what_is_not_done_here_is_refused(change, message):
         raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         parse_config(raw, "here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@by_family
+def test_what_decoding_reads_as_one_matrix_is_no_copy(tmp_path, family, dtype):
+    model = tiny_model(family_config(family), torch.float32)
+    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
+    loaded = load_model(tmp_path, dtype, "cpu")
+    for layer in loaded.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for parts in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (
+                mlp.gate_proj,
+                mlp.up_proj,
+            ),
+        ):
+            one = joined(parts)
+            assert torch.equal(one, torch.cat([part.weight for part in parts]))
+            one[-1, -1] = 7  # a change of it is one of the parameter
+            assert parts[-1].weight[-1, -1] == 7
+    apart = model.model.layers[0].mlp
+    copy = joined((apart.gate_proj, apart.up_proj))
+    assert torch.equal(copy, torch.cat((apart.gate_proj.weight, apart.up_proj.weight)))
+    copy.zero_()
+    assert apart.gate_proj.weight.any()
