@@ -26,7 +26,13 @@ def read_config(folder: Path) -> QwenVLConfig:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json: this is not a model folder") from None
+        what = "no config.json: this is not a model folder"
+        if (Path(folder) / "adapter_config.json").is_file():
+            what = (
+                "an adapter, not a model: name its base as --model_name_or_path and this folder as "
+            )
+            what += "--adapter_name_or_path, with --use_peft"
+        raise ValueError(f"{folder}: {what}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(raw, dict):
@@ -59,13 +65,21 @@ def published_name(name: str, config: QwenVLConfig) -> str:
     """A parameter's name here -> in the published files of its family."""
     if not family_of(config).PREFIXED_NAMES or name.startswith("lm_head"):
         return name
+    return module_name(name)
+
+
+def module_name(name: str) -> str:
+    """A part's name here -> in transformers' model, whatever the files call it."""
     if name.startswith("visual."):
         return f"model.{name}"
     return "model.language_model." + name.removeprefix("model.")
 
 
 def parameter_name(key: str) -> str:
-    """A weight's name in a file -> here: `model.visual.x` -> `visual.x` and so on."""
+    """A weight's name in a file -> here: `model.visual.x` -> `visual.x` and so on; and of peft's
+    adapters, `base_model.model.model.visual.x.lora_A.weight` -> `visual.x.lora_A`."""
+    if ".lora_" in key:
+        key = key.removeprefix("base_model.model.").removesuffix(".weight")
     for newer, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if key.startswith(newer):
             return ours + key.removeprefix(newer)

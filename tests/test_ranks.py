@@ -39,6 +39,7 @@ CASES = {
     "no reference, dead groups": ["--beta", "0", "--prompts_per_step", "4"],
     "frozen vision": ["--freeze_vision", "--num_iterations", "2"],
     "dynamic sampling": ["--dynamic_sampling"],
+    "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
     "layers stay whole": ["--reshard_after_forward", "false"],
     "copies": ["--shard_size", "1", "--save_steps", "3"],
 }

@@ -1,0 +1,190 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): a linear layer's W stays as it is, and B A is trained.
+
+    y = W x + b + scale B A x          (Hu et al. 2021, section 4.1, eq. 3)
+
+With its adapters switched off a model is its base, bit for bit: that is the reference of the KL
+term, so no second model is loaded. Files are peft's. There is no dropout: sampling and training
+must compute the same policy.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.families import module_name, parameter_name
+
+DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which linear layers have adapters, and of what size.
+
+    targets: a name such as q_proj means that layer of every decoder layer, visual.qkv that of every
+    vision block; a complete name means one layer. base: the model that they belong to.
+    """
+
+    r: int
+    alpha: float
+    targets: tuple[str, ...] = DECODER
+    use_rslora: bool = False
+    base: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, theorem 3.2)."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def in_tower(self) -> bool:
+        return any(target.startswith("visual.") for target in self.targets)
+
+    def layers(self, model: nn.Module) -> list[str]:
+        """Names of the layers that get an adapter. Raises ValueError for a target without one."""
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        chosen = set()
+        for target in self.targets:
+            place = "visual.blocks." if target.startswith("visual.") else "model.layers."
+            end = "." + target.removeprefix("visual.")
+            found = {n for n in linear if n == target or (n.startswith(place) and n.endswith(end))}
+            if not found:
+                decoder = sorted(
+                    {n.split(".")[-1] for n in linear if n.startswith("model.layers.")}
+                )
+                tower = sorted({n.split(".")[-1] for n in linear if n.startswith("visual.blocks.")})
+                raise ValueError(
+                    f"--lora_target_modules {target}: no linear layer has this name. There are "
+                    f"{', '.join(decoder)} in the decoder and "
+                    f"{', '.join(f'visual.{name}' for name in tower)} in the vision tower"
+                )
+            chosen |= found
+        return [name for name in linear if name in chosen]
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter, (..., in) -> (..., out); lora_A (r, in), lora_B (out, r)."""
+
+    def __init__(self, base: nn.Linear, lora: LoRA):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(lora.r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, lora.r, **like))
+        self.scale, self.adapted = lora.scale, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.adapted:
+            return out
+        return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+    def merged(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """W + scale B A in float32, (out, in), of these adapters (their float32 masters)."""
+        if hasattr(lora_A, "redistribute"):  # sharded by rows, as W and B are: each rank needs all
+            from torch.distributed.tensor import Replicate
+
+            lora_A = lora_A.redistribute(placements=[Replicate()] * lora_A.device_mesh.ndim)
+        return self.weight.float() + self.scale * (lora_B.float() @ lora_A.float())
+
+
+def add_adapters(model: nn.Module, lora: LoRA) -> None:
+    """Gives the model's layers their adapters, uninitialized, and freezes all else.
+
+    Raises ValueError as `LoRA.layers`.
+    """
+    for name in lora.layers(model):
+        parent, _, last = name.rpartition(".")
+        layer = LoRALinear(model.get_submodule(name), lora)
+        setattr(model.get_submodule(parent), last, layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base. Nothing changes for a model without adapters."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.adapted = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapted = True
+
+
+def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """What an adapter begins with, float32 on the CPU: B is 0, so that the policy is the base; A is
+    uniform in +-1 / sqrt(in), as in peft. A follows from the seed and the name alone."""
+    if name.endswith(".lora_B"):
+        return torch.zeros(shape)
+    numbers = int.from_bytes(name.encode(), "big") % (2**61 - 1)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + numbers) % 2**63)
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+
+
+# ---- peft's files --------------------------------------------------------------------------------
+
+
+def adapter_name(name: str) -> str:
+    """A parameter's name here -> in adapter_model.safetensors."""
+    return f"base_model.model.{module_name(name)}.weight"
+
+
+def settings(lora: LoRA, model: nn.Module) -> dict:
+    """adapter_config.json: every layer by its complete name in transformers' model."""
+    names = [n for n, module in model.named_modules() if isinstance(module, LoRALinear)]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": lora.base,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": [module_name(name) for name in names],
+    }
+
+
+def read_adapter(folder: Path) -> LoRA:
+    """What an adapter folder of peft, or of a run here, holds; its layers by complete name.
+
+    Raises ValueError if the folder has no readable adapter, or one of a kind that is not done here.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        raw = json.loads((folder / SETTINGS).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = [parameter_name(key) for key in file.keys()]  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}") from error
+    plain = {"peft_type": ("LORA",), "bias": ("none", None)}
+    for key in ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern"):
+        plain[key] = (None, False, [], {})
+    plain["alpha_pattern"] = (None, {})
+    for key, allowed in plain.items():
+        if raw.get(key) not in allowed:
+            raise ValueError(f"{folder / SETTINGS}: {key} = {raw[key]!r} is not supported")
+    if other := [name for name in names if not is_adapter(name)]:
+        raise ValueError(f"{folder / WEIGHTS}: {other[0]} is no LoRA weight of a linear layer")
+    layers = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    base = raw.get("base_model_name_or_path")
+    return LoRA(raw["r"], raw["lora_alpha"], layers, bool(raw.get("use_rslora")), base)
