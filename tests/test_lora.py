@@ -14,6 +14,7 @@ import train_det
 from benchmarks.memory import peak, published
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
+from grpo.run.adapters import lora_of
 from grpo.run.config import TrainingConfig
 from models.families import FAMILIES, parse_config
 from models.load import find_folder, load_model, save_model
@@ -248,7 +249,7 @@ def test_a_run_goes_on_from_an_adapter(run, tmp_path):
     one = load_file(run / "final" / "adapter" / WEIGHTS)
     two = load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(ValueError, match="--lora_r 8: the adapter in .* has 4; leave the flag out"):
+    with pytest.raises(ValueError, match="--lora_r 8: the adapter in .* has 4; leave it out"):
         train(tmp_path / "other", *options, "--lora_r", "8")
     with pytest.raises(ValueError, match="an adapter, not a model: name its base"):
         train_cls.main(["--model_name_or_path", adapter, "--dataset_name", "demo:flowers"])
@@ -316,7 +317,6 @@ def test_the_plan_of_published_sizes_with_adapters():
     flags = {"use_peft": True, "tokens_per_pack": 4096}
     for name, most in (("Qwen2-VL 2B", 12), ("Qwen2.5-VL 7B", 22.5), ("Qwen3-VL 8B", 22.5)):
         config = parse_config(published(name), name)
-        full = TrainingConfig(model_name_or_path="m", dataset_name="d")
-        assert full.lora is None
+        assert lora_of(TrainingConfig(model_name_or_path="m", dataset_name="d")) is None
         assert peak(config, 1, **flags) < most, name
         assert peak(config, 1, **flags) < 0.4 * peak(config, 1)

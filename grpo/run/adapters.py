@@ -1,0 +1,38 @@
+"""What --use_peft and its flags mean."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from models.lora import DECODER, LoRA, read_adapter
+
+
+def lora_of(config) -> LoRA | None:
+    """The adapters that --use_peft trains; None without it.
+
+    Raises ValueError for an --adapter_name_or_path that cannot be used, and for flags that say
+    otherwise than it does.
+    """
+    if not config.use_peft:
+        return None
+    if config.lora_dropout:
+        raise ValueError(
+            f"--lora_dropout is {config.lora_dropout}; it must be 0: what is trained would not be "
+            f"what was sampled"
+        )
+    targets = tuple(config.lora_target_modules or DECODER)
+    base, folder = config.model_name_or_path, config.adapter_name_or_path
+    if folder is None:
+        return LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
+    found = read_adapter(Path(folder))
+    own = {"lora_r": found.r, "lora_alpha": found.alpha, "use_rslora": found.use_rslora}
+    for name, there in own.items():
+        asked = getattr(config, name)
+        if name in config.given and asked != there:
+            raise ValueError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
+    return replace(found, base=base)
+
+
+def vision_is_frozen(config) -> bool:
+    """Whether the vision tower stays as it is: by --freeze_vision, or as it has no adapters."""
+    lora = lora_of(config)
+    return config.freeze_vision or (lora is not None and not lora.in_tower)
