@@ -32,18 +32,16 @@ PROCESSORS = {
 PROBLEM = "Which flower is this? Answer in <think> </think> and <answer> </answer> tags."
 
 
-def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
-    """Writes a checkpoint folder with random float32 weights; returns the folder.
+def make_vocabulary(folder: Path, entries: int) -> dict[str, int]:
+    """Writes everything of a checkpoint folder but config and weights, for `entries` tokens; the
+    ids of the special ones.
 
-    Widths, depths and heads are the same for all families. Qwen2.5-VL has full attention in its
-    last vision block, Qwen3-VL DeepStack after its first and a patch of 16 pixels, as published.
     The tokenizer is the flowers' demo's with entries `w0`, `w1`, ... up to the model's vocabulary,
     its special tokens at the end: every entry can be decoded.
     """
-    shape = SIZES[size]
     make_folder(folder, demo.corpus())
     learned = json.loads((folder / "vocab.json").read_text())
-    fillers = shape["entries"] - len(SPECIAL) - len(learned)
+    fillers = entries - len(SPECIAL) - len(learned)
     first = len(learned) + fillers  # of the special tokens
     vocabulary = learned | {f"w{i}": len(learned) + i for i in range(fillers)}
     write(folder / "vocab.json", vocabulary)
@@ -61,6 +59,18 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
     end, pad = special["<|im_end|>"], special["<|endoftext|>"]
     generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}
     write(folder / "generation_config.json", generation)
+    return special
+
+
+def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
+    """Writes a checkpoint folder with random float32 weights; returns the folder.
+
+    Widths, depths and heads are the same for all families. Qwen2.5-VL has full attention in its
+    last vision block, Qwen3-VL DeepStack after its first and a patch of 16 pixels, as published.
+    """
+    shape = SIZES[size]
+    special = make_vocabulary(folder, shape["entries"])
+    end, pad = special["<|im_end|>"], special["<|endoftext|>"]
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     processor |= {"max_pixels": 1024 * 1024, "processor_class": PROCESSORS[family]}
     write(folder / "preprocessor_config.json", processor)

@@ -28,6 +28,7 @@ from grpo.optimizer import Optimizer
 from grpo.ranks import Ranks
 from grpo.run import exits, folder
 from grpo.run.checks import check_first_ratio, check_gradients
+from grpo.run.clock import Clock
 from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
 from models.qwen_vl import QwenVL
 from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
@@ -300,6 +301,15 @@ def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, funct
     monkeypatch.setattr(owner, function, greedy)
     with pytest.raises(ValueError, match=f"out of memory in {phase}.*lower {lower}"):
         train(tmp_path / "run", *SHORT, "--save_steps", "1")
+
+
+def test_out_of_memory_on_a_gpu_names_the_predicted_peaks():
+    clock = Clock(Ranks(0, 1, torch.device("cpu")))
+    clock.phase("training", 4096)
+    clock.lower = ["  --tokens_per_pack 4096   19.2 GB"]
+    said = str(clock.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), 16384))
+    assert "lower --tokens_per_pack (16384)" in said
+    assert said.endswith("\nPredicted peaks:\n  --tokens_per_pack 4096   19.2 GB")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "config.yaml"])

@@ -1,16 +1,24 @@
 """The plan's estimate of memory, against what autograd and the optimizer hold."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.memory import published
+import train_cls
+from benchmarks.memory import parameters, peak, published
 from grpo.logps import pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
+from grpo.run.advice import advise
 from grpo.run.config import TrainingConfig
-from grpo.run.plan import decoder_layer_parameters, estimate_memory, vision_block_parameters
+from grpo.run.plan import (
+    decoder_layer_parameters,
+    estimate_memory,
+    peak_gb,
+    vision_block_parameters,
+)
 from models.families import parse_config
 from models.load import check_checkpoint, save_model
 from models.qwen_vl import QwenVL
@@ -125,3 +133,54 @@ def test_published_models_fit_the_machines_that_are_asked_for(name):
         assert peak(8) > whole + 10
         settings.reshard_after_forward, settings.cpu_offload = True, True
         assert peak(8) < whole - 10
+
+
+def advice(name: str, gb: float, world: int = 1, **flags) -> tuple[list[str], str]:
+    """The lines, and what the last one advises."""
+    config = parse_config(published(name), name)
+    sizes = parameters(config)
+    settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **flags)
+
+    def largest(settings, world):
+        return peak_gb(settings, config, *sizes, 1024, True, world, "cuda:0")
+
+    lines = advise(settings, world, largest, gb)
+    return lines, lines[-1].strip()
+
+
+def test_the_plan_says_which_flags_make_a_model_fit():
+    lines, last = advice("Qwen2.5-VL 7B", 24)
+    assert lines[0].startswith("too much  175.3 GB, and 22.5 are usable of 24.")
+    assert last == "it fits with --tokens_per_pack 4096 --use_peft: 19.2 GB"
+    assert sum("--freeze_vision" in line for line in lines) == 1
+    assert advice("Qwen2.5-VL 7B", 24, use_peft=True, tokens_per_pack=4096)[0] == [
+        "fits      19.2 of the 22.5 GB that are usable of 24"
+    ]
+    assert advice("Qwen2-VL 2B", 48)[1] == "it fits with --freeze_vision: 35.9 GB"
+    assert advice("Qwen2.5-VL 72B", 80)[1].startswith("no flag makes it fit")
+    lines, _ = advice("Qwen2.5-VL 7B", 10, use_peft=True, tokens_per_pack=2048)
+    assert not any("--beta" in line or "--freeze" in line for line in lines), "no effect there"
+    lines, last = advice("Qwen2.5-VL 7B", 24, world=2)
+    assert any("--cpu_offload" in line for line in lines) and last.startswith("it fits with")
+
+
+def test_what_is_advised_is_what_the_estimate_says():
+    """Each line's number is that of the plan with the line's flag."""
+    lines, _ = advice("Qwen3-VL 4B", 24)
+    found = dict(re.findall(r"^  (--\w+(?: [\d.]+)?) +([\d.]+) GB", "\n".join(lines), re.MULTILINE))
+    config = parse_config(published("Qwen3-VL 4B"), "x")
+    for flag, gb in found.items():
+        name, _, value = flag.removeprefix("--").partition(" ")
+        change = {name: float(value) if "." in value else int(value)} if value else {name: True}
+        assert peak(config, 1, **change) == pytest.approx(float(gb), abs=0.06)
+    assert len(found) > 5
+
+
+def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
+    argv = ["--dry_run", "--gpu_memory", "24", "--output_dir", str(tmp_path / "run")]
+    assert train_cls.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, sdpa, 1 x cuda" in out and "libraries" not in out
+    assert "GB that are usable of 24" in out
+    with pytest.raises(ValueError, match="--gpu_memory has no effect here: it is for --dry_run"):
+        train_cls.main(argv[1:])
