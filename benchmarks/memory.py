@@ -3,8 +3,9 @@
     python -m benchmarks.memory
 
 Prints a table in Markdown: the peak over the phases of a step, with the flags' defaults in
-bfloat16, prompts of 1,024 tokens, on one GPU and on each of eight. Nothing is loaded or measured:
-the sizes below are those of the published config.json files, as far as a shape depends on them.
+bfloat16, prompts of 1,024 tokens, on one GPU and on each of eight; --use_peft with
+--tokens_per_pack 4096. Nothing is loaded or measured: the sizes below are those of the published
+config.json files, as far as a shape depends on them.
 """
 
 import torch
@@ -96,12 +97,13 @@ def peak(config: QwenVLConfig, world: int, **flags) -> float:
 
 
 def main() -> None:
-    print("| model | parameters | one GPU | one GPU, `--freeze_vision` | each of eight |")
-    print("|---|---|---|---|---|")
+    print("| model | parameters | one GPU | `--freeze_vision` | `--use_peft` | each of eight |")
+    print("|---|---|---|---|---|---|")
     for name in SIZES:
         config = parse_config(published(name), name)
         billions = parameters(config)[0] / 1e9
-        cells = [peak(config, 1), peak(config, 1, freeze_vision=True), peak(config, 8)]
+        cells = [peak(config, 1), peak(config, 1, freeze_vision=True)]
+        cells += [peak(config, 1, use_peft=True, tokens_per_pack=4096), peak(config, 8)]
         print(f"| {name} | {billions:.3f}e9 | " + " | ".join(f"{gb:.0f}" for gb in cells) + " |")
 
 

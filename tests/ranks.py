@@ -49,7 +49,7 @@ def gradient(folder: str, shard_size: int) -> None:
     assert model.bounds([(1,)]).device.type == "meta"
     model.shared_by_ranks(ranks.device, True)
     load_weights(model, Path(folder))
-    full = full_copy(model, empty_model(Path(folder)), ranks, torch.float32)
+    full = full_copy(empty_model(Path(folder)), ranks, torch.float32)
     gather_weights(model, full)
     packs = uneven_packs(model.config)[ranks.rank] if ranks.rank < 2 else []
     packs += [filler()] * (int(ranks.max(len(packs))) - len(packs))

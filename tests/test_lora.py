@@ -13,6 +13,7 @@ import train_cls
 import train_det
 from benchmarks.memory import peak, published
 from grpo.logps import pack_chunks, pack_logps
+from grpo.optimizer import Optimizer
 from grpo.pack import make_packs
 from grpo.run.adapters import lora_of
 from grpo.run.config import TrainingConfig
@@ -188,7 +189,8 @@ def test_a_run_resumed_is_the_run_that_was_never_stopped(run, tmp_path):
 
 
 def test_peft_loads_our_adapter_and_final_is_merged(run):
-    peft = pytest.importorskip("peft")
+    import peft
+
     prompt_ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     inputs = {"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)}
     inputs["mm_token_type_ids"] = torch.zeros_like(prompt_ids)
@@ -208,7 +210,8 @@ def test_peft_loads_our_adapter_and_final_is_merged(run):
 @by_family
 def test_ours_is_what_peft_saves(family, tmp_path):
     """An adapter made by peft, of some layers only: the same logits here."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = tiny_model(family_config(family), torch.float32, scale=2)
     peer = reference_model(model, torch.float32)
     settings = {
@@ -231,8 +234,6 @@ def test_ours_is_what_peft_saves(family, tmp_path):
     lora = read_adapter(tmp_path / "adapter")
     loaded = load_model(tmp_path / "base", torch.float32, "cpu")
     loaded.adapt(lora)
-    from grpo.optimizer import Optimizer
-
     assert Optimizer(loaded, 0.0).start([tmp_path / "adapter" / WEIGHTS], None) == []
     logits = own_hidden(loaded, [prompt]) @ loaded.head_weight.T
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
@@ -320,3 +321,4 @@ def test_the_plan_of_published_sizes_with_adapters():
         assert lora_of(TrainingConfig(model_name_or_path="m", dataset_name="d")) is None
         assert peak(config, 1, **flags) < most, name
         assert peak(config, 1, **flags) < 0.4 * peak(config, 1)
+        assert peak(config, 8, **flags) < peak(config, 1, **flags), "nothing is held twice"

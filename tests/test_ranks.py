@@ -164,6 +164,19 @@ def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):
     compare(folder / "whole", run, "resumed")
 
 
+def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
+    """No sharding flag has an effect; the adapter that is saved is that of final/."""
+    folder, _ = two
+    run = folder / "LoRA"
+    one = load_file(run / "checkpoint-3" / "adapter_model.safetensors")
+    two = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
+    assert len(one) == 56 and all(torch.equal(one[name], two[name]) for name in one)
+    config = train_cls.Config(use_peft=True, shard_size=2)
+    config.given = frozenset({"shard_size"})
+    with pytest.raises(ValueError, match="--shard_size has no effect here: with --use_peft every"):
+        config.check_effects(2)
+
+
 def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tmp_path):
     """config.yaml has --timeout and --shard_size, which one rank has no use for."""
     run = tmp_path / "run"

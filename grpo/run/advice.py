@@ -38,8 +38,9 @@ def changes(config, world: int) -> list[tuple[dict, str, str]]:
         now = getattr(config, name)
         several = name in ("reshard_after_forward", "cpu_offload")
         higher = not isinstance(value, bool) and now > value
-        with_lora = name in ("freeze_vision", "beta", "use_peft") and config.use_peft
-        if (several and world == 1) or with_lora or not (higher or now is False):
+        no_effect = config.use_peft and name in ("freeze_vision", "beta", "use_peft")
+        no_effect |= several and (world == 1 or config.use_peft)
+        if no_effect or not (higher or now is False):
             continue
         flag = f"--{name}" if value is True and name != "gradient_checkpointing" else ""
         shown = f"{value:g}" if not isinstance(value, bool) else "true"
