@@ -49,7 +49,8 @@ class LoRA:
 
     def layers(self, model: nn.Module) -> list[str]:
         """Names of the layers that get an adapter. Raises ValueError for a target without one."""
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        modules = model.named_modules()  # the head works on chunks, outside of forward
+        linear = [n for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"]
         chosen = set()
         for target in self.targets:
             place = "visual.blocks." if target.startswith("visual.") else "model.layers."
@@ -61,7 +62,7 @@ class LoRA:
                 )
                 tower = sorted({n.split(".")[-1] for n in linear if n.startswith("visual.blocks.")})
                 raise ValueError(
-                    f"--lora_target_modules {target}: no linear layer has this name. There are "
+                    f"no linear layer {target} for an adapter. There are "
                     f"{', '.join(decoder)} in the decoder and "
                     f"{', '.join(f'visual.{name}' for name in tower)} in the vision tower"
                 )
@@ -176,15 +177,57 @@ def read_adapter(folder: Path) -> LoRA:
             names = [parameter_name(key) for key in file.keys()]  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}") from error
-    plain = {"peft_type": ("LORA",), "bias": ("none", None)}
-    for key in ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern"):
-        plain[key] = (None, False, [], {})
-    plain["alpha_pattern"] = (None, {})
-    for key, allowed in plain.items():
-        if raw.get(key) not in allowed:
-            raise ValueError(f"{folder / SETTINGS}: {key} = {raw[key]!r} is not supported")
+    refuse_other_kinds(raw, folder)
     if other := [name for name in names if not is_adapter(name)]:
         raise ValueError(f"{folder / WEIGHTS}: {other[0]} is no LoRA weight of a linear layer")
     layers = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
     base = raw.get("base_model_name_or_path")
     return LoRA(raw["r"], raw["lora_alpha"], layers, bool(raw.get("use_rslora")), base)
+
+
+# What peft's adapters may have besides; anything else would change what they compute.
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+}
+PLAIN |= dict.fromkeys(
+    (
+        *("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern"),
+        *("alpha_pattern", "layer_replication", "target_parameters", "alora_invocation_tokens"),
+        "trainable_token_indices",
+    ),
+    (None, False, [], {}),
+)
+
+
+def refuse_other_kinds(raw, folder: Path) -> None:
+    """Raises ValueError if this adapter_config.json is of another kind than plain LoRA."""
+    where = folder / SETTINGS
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: holds no JSON object")
+    for key, allowed in PLAIN.items():
+        if raw.get(key) not in allowed:
+            raise ValueError(f"{where}: {key} = {raw.get(key)!r} is not supported")
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
+        value = raw.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{where}: {key} is {value!r}, not a positive number")
+
+
+def check_fit(folder: Path, model: nn.Module) -> None:
+    """Raises ValueError if the adapter's weights have not the shapes that this model's have; reads
+    headers only."""
+    from safetensors import safe_open
+
+    missing = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name, found = parameter_name(key), tuple(file.get_slice(key).get_shape())
+            if (wanted := missing.pop(name, None)) != found:
+                raise ValueError(
+                    f"{folder}: {name} has shape {found}, this model needs {wanted}: is it "
+                    f"another model's adapter?"
+                )
+    if missing:
+        raise ValueError(f"{folder}: {next(iter(missing))} is missing, and {len(missing) - 1} more")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import train_cls
@@ -24,6 +24,7 @@ from models.lora import (
     WEIGHTS,
     LoRA,
     LoRALinear,
+    check_fit,
     initial,
     is_adapter,
     read_adapter,
@@ -234,7 +235,8 @@ def test_ours_is_what_peft_saves(family, tmp_path):
     lora = read_adapter(tmp_path / "adapter")
     loaded = load_model(tmp_path / "base", torch.float32, "cpu")
     loaded.adapt(lora)
-    assert Optimizer(loaded, 0.0).start([tmp_path / "adapter" / WEIGHTS], None) == []
+    check_fit(tmp_path / "adapter", loaded)
+    Optimizer(loaded, 0.0).start([tmp_path / "adapter" / WEIGHTS], None)
     logits = own_hidden(loaded, [prompt]) @ loaded.head_weight.T
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
     plain = own_hidden(model, [prompt]) @ model.head_weight.T
@@ -270,11 +272,13 @@ def test_the_tower_has_adapters_where_it_is_named(tmp_path):
     [
         (["--lora_r", "8"], "--lora_r has no effect here: it is for --use_peft"),
         (["--use_peft", "--lora_dropout", "0.05"], "--lora_dropout is 0.05; it must be 0"),
+        (["--lora_dropout", "0.05"], "--lora_dropout is 0.05; it must be 0"),
+        (["--use_peft", "--lora_target_modules", "lm_head"], "no linear layer lm_head for"),
         (["--use_peft", "--freeze_vision"], "--freeze_vision has no effect here"),
-        (["--use_peft", "--lora_target_modules", "qproj"], "qproj: no linear layer .* q_proj"),
+        (["--use_peft", "--lora_target_modules", "qproj"], "no linear layer qproj .* q_proj"),
         (
             ["--use_peft", "--adapter_name_or_path", "nowhere"],
-            "nowhere: no readable adapter_config",
+            "nowhere: no such folder",
         ),
         (["--use_peft", "--lora_task_type", "x"], "unknown flag --lora_task_type"),
     ],
@@ -285,14 +289,71 @@ def test_flags_that_cannot_be(flags, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"])]
+    "change, message",
+    [
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"peft_type": None}, "peft_type = None is not supported"),
+        ({"r": "4"}, "r is '4', not a positive number"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a positive number"),
+        ([1], "holds no JSON object"),
+    ],
 )
-def test_other_adapters_of_peft_are_refused(run, tmp_path, key, value):
+def test_other_adapters_of_peft_are_refused(run, tmp_path, change, message):
     shutil.copytree(run / "final" / "adapter", tmp_path / "a")
-    raw = json.loads((tmp_path / "a" / SETTINGS).read_text()) | {key: value}
+    raw = json.loads((tmp_path / "a" / SETTINGS).read_text())
+    raw = raw | change if isinstance(change, dict) else change
     (tmp_path / "a" / SETTINGS).write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=f"{key} = .* is not supported"):
+    with pytest.raises(ValueError, match=message):
         read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "rename, shape, message",
+    [
+        (
+            "layers.0.self_attn.q_proj",
+            (8, 128),
+            "q_proj.lora_A has shape .8, 128., this",
+        ),
+        ("layers.7.self_attn.q_proj", None, "no linear layer model.layers.7.self_attn.q_proj"),
+        ("", None, "lora_A is missing, and 0 more"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_before_weights_are_loaded(
+    run, tmp_path, rename, shape, message
+):
+    """Also where its rows could be cut to fit."""
+    shutil.copytree(run / "final" / "adapter", tmp_path / "a")
+    weights = load_file(tmp_path / "a" / WEIGHTS)
+    key = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    old = weights.pop(key)
+    if rename:
+        weights[key.replace("layers.0.self_attn.q_proj", rename)] = (
+            old if shape is None else torch.zeros(shape)
+        )
+    save_file(weights, tmp_path / "a" / WEIGHTS)
+    argv = [*SHORT, "--use_peft", "--adapter_name_or_path", str(tmp_path / "a"), "--dry_run"]
+    with pytest.raises(ValueError, match=message):
+        train_cls.main([*argv, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_changed_base_is_noticed_on_resuming_without_a_reference(tmp_path):
+    """Its checkpoints hold adapters alone, and --beta 0 loads no reference."""
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    options = [*LORA, "--beta", "0", "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
+    paths = ["--model_name_or_path", str(base), "--dataset_name", "demo:flowers"]
+    assert train_cls.main([*paths, *options]) == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, base / "model.safetensors")
+    resume = ["--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="the base model is not what the run began with"):
+        train_cls.main([*resume, "--max_steps", "3"])
 
 
 def test_detection_with_adapters_and_everything_on(tmp_path):

@@ -12,17 +12,21 @@ def lora_of(config) -> LoRA | None:
     Raises ValueError for an --adapter_name_or_path that cannot be used, and for flags that say
     otherwise than it does.
     """
-    if not config.use_peft:
-        return None
     if config.lora_dropout:
         raise ValueError(
             f"--lora_dropout is {config.lora_dropout}; it must be 0: what is trained would not be "
             f"what was sampled"
         )
+    if not config.use_peft:
+        return None
     targets = tuple(config.lora_target_modules or DECODER)
     base, folder = config.model_name_or_path, config.adapter_name_or_path
     if folder is None:
         return LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"--adapter_name_or_path {folder}: no such folder; fetch it from the hub first"
+        )
     found = read_adapter(Path(folder))
     own = {"lora_r": found.r, "lora_alpha": found.alpha, "use_rslora": found.use_rslora}
     for name, there in own.items():

@@ -91,7 +91,7 @@ def applied(config, chosen: list):
 
 def fitting(config, world: int, peak: Callable, usable: float) -> list:
     """The first changes, in order, that make the run fit together, without those that turn out not
-    to be needed; empty if all of them do not."""
+    to be needed, each flag changed as little as will do; empty if all of them do not."""
     chosen = []
     for one in changes(config, world):
         chosen.append(one)
@@ -103,4 +103,8 @@ def fitting(config, world: int, peak: Callable, usable: float) -> list:
         rest = [other for other in chosen if other is not one]
         if rest and peak(applied(config, rest), world) <= usable:
             chosen = rest
+    for one in changes(config, world):  # a smaller change of the same flag may do
+        same = [one if one[0].keys() == other[0].keys() else other for other in chosen]
+        if one not in chosen and same != chosen and peak(applied(config, same), world) <= usable:
+            return same
     return chosen
