@@ -89,10 +89,6 @@ class LoRALinear(nn.Linear):
 
     def merged(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """W + scale B A in float32, (out, in), of these adapters (their float32 masters)."""
-        if hasattr(lora_A, "redistribute"):  # sharded by rows, as W and B are: each rank needs all
-            from torch.distributed.tensor import Replicate
-
-            lora_A = lora_A.redistribute(placements=[Replicate()] * lora_A.device_mesh.ndim)
         return self.weight.float() + self.scale * (lora_B.float() @ lora_A.float())
 
 

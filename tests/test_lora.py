@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from grpo.logps import pack_chunks, pack_logps
 from grpo.optimizer import Optimizer
 from grpo.pack import make_packs
 from grpo.run.adapters import lora_of
+from grpo.run.checks import check_copies
 from grpo.run.config import TrainingConfig
 from models.families import FAMILIES, parse_config
 from models.load import find_folder, load_model, save_model
@@ -383,3 +385,14 @@ def test_the_plan_of_published_sizes_with_adapters():
         assert peak(config, 1, **flags) < most, name
         assert peak(config, 1, **flags) < 0.4 * peak(config, 1)
         assert peak(config, 8, **flags) < peak(config, 1, **flags), "nothing is held twice"
+
+
+def test_ranks_whose_adapters_differ_are_found():
+    model, _ = adapted("qwen2_vl")
+    model = model.float()
+    ranks = SimpleNamespace(world=2, gather=lambda mine: [*mine, *mine])
+    optimizer = Optimizer(model, 0.0, ranks)
+    check_copies(optimizer, ranks)
+    ranks.gather = lambda mine: [mine[0], mine[0] + 1]
+    with pytest.raises(ValueError, match="no longer the same on all ranks"):
+        check_copies(optimizer, ranks)
