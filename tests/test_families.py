@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from benchmarks.memory import SIZES, published
@@ -249,3 +250,25 @@ def test_what_decoding_reads_as_one_matrix_is_no_copy(tmp_path, family, dtype):
     assert torch.equal(copy, torch.cat((apart.gate_proj.weight, apart.up_proj.weight)))
     copy.zero_()
     assert apart.gate_proj.weight.any()
+
+
+def test_a_head_that_only_claims_to_be_tied_is_refused(tmp_path):
+    """Some tools write a tied head a second time; a head of its own must not be lost."""
+    model = tiny_model(family_config("qwen3_vl", tied=True), torch.float32)
+    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.language_model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    load_model(tmp_path, torch.float32, "cpu")
+    save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight: is not tied to the embedding"):
+        load_model(tmp_path, torch.float32, "cpu")
+
+
+def test_where_the_switch_of_tied_heads_stands(tmp_path):
+    """As transformers reads it: Qwen3-VL's at the top alone, the others' also in text_config."""
+    for name in ("Qwen3-VL 2B", "Qwen2.5-VL 3B"):
+        raw = published(name)
+        raw |= {"tie_word_embeddings": False}
+        raw["text_config"] = raw.get("text_config", {}) | {"tie_word_embeddings": True}
+        assert parse_config(raw, name).tie_word_embeddings == (name == "Qwen2.5-VL 3B")

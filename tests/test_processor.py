@@ -154,11 +154,29 @@ def test_files_as_transformers_5_writes_them(copy, processor):
     assert Processor(copy).chat_text("What?", 1) == processor.chat_text("What?", 1)
 
 
+def test_the_processors_template_comes_before_the_tokenizers(copy, processor):
+    """As in transformers' AutoProcessor: the .jinja file, chat_template.json, the tokenizer's."""
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    template = settings["chat_template"]
+    write = (copy / "tokenizer_config.json").write_text
+    write(json.dumps(settings | {"chat_template": "tokenizer " + template}))
+    other = json.dumps({"chat_template": "processor " + template})
+    (copy / "chat_template.json").write_text(other)
+    assert Processor(copy).chat_text("What?", 0).startswith("processor ")
+    (copy / "chat_template.jinja").write_text("newest " + template)
+    assert Processor(copy).chat_text("What?", 0).startswith("newest ")
+    (copy / "chat_template.jinja").unlink()
+    (copy / "chat_template.json").unlink()
+    assert Processor(copy).chat_text("What?", 0).startswith("tokenizer ")
+
+
 def test_bounds_on_pixels(copy):
     small = Processor(copy, min_pixels=28 * 28, max_pixels=56 * 56)
     assert small.image_tokens(1000, 1000) == 4
     with pytest.raises(ValueError, match="leave no image size"):
         Processor(copy, min_pixels=100, max_pixels=50)
+    with pytest.raises(ValueError, match="the checkpoint's own minimum; give a lower one"):
+        Processor(copy, max_pixels=50)
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,14 @@ def family_config(family: str, tied: bool = False) -> QwenVLConfig:
     if family == "qwen2_5_vl":
         raw["vision_config"] = tower | {"window_size": 16, "fullatt_block_indexes": [1, 3]}
         return parse_config(raw, "tiny")
-    top = {name: raw.pop(name) for name in list(raw) if "token_id" in name or name == "model_type"}
+    upper = [name for name in raw if "token_id" in name or name == "model_type"]
+    top = {name: raw.pop(name) for name in [*upper, "tie_word_embeddings"]}
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     raw |= {"head_dim": 16, "rope_scaling": rope, "eos_token_id": top.pop("eos_token_id")}
     tower |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 3]}
-    return parse_config({**top, "text_config": raw, "vision_config": tower}, "tiny")
+    config = parse_config({**top, "text_config": raw, "vision_config": tower}, "tiny")
+    assert config.tie_word_embeddings == tied
+    return config
 
 
 def tiny_model(
