@@ -254,6 +254,10 @@ def test_a_run_goes_on_from_an_adapter(run, tmp_path):
     one = load_file(run / "final" / "adapter" / WEIGHTS)
     two = load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    again = ["--config", str(tmp_path / "run" / "config.yaml")]  # names --lora_r, its default
+    train(tmp_path / "again", *again)
+    three = load_file(tmp_path / "again" / "final" / "adapter" / WEIGHTS)
+    assert all(torch.equal(two[name], three[name]) for name in two)
     with pytest.raises(ValueError, match="--lora_r 8: the adapter in .* has 4; leave it out"):
         train(tmp_path / "other", *options, "--lora_r", "8")
     with pytest.raises(ValueError, match="an adapter, not a model: name its base"):

@@ -30,8 +30,9 @@ def lora_of(config) -> LoRA | None:
     found = read_adapter(Path(folder))
     own = {"lora_r": found.r, "lora_alpha": found.alpha, "use_rslora": found.use_rslora}
     for name, there in own.items():
-        asked = getattr(config, name)
-        if name in config.given and asked != there:
+        asked, default = getattr(config, name), type(config).__dataclass_fields__[name].default
+        # a run's own config.yaml names every flag: a default is no wish
+        if name in config.given and asked not in (there, default):
             raise ValueError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
     return replace(found, base=base)
 
