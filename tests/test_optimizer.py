@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from grpo.optimizer import SCHEDULES, Optimizer, learning_rate
+from grpo.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
 from grpo.ranks import Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import State, resume, save_checkpoint
@@ -105,11 +105,12 @@ def test_rates_are_those_of_transformers(schedule, warmup):
         learning_rate(flags(1.0, "sawtooth", 0.0), 1, 1)
 
 
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype):
+def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype, optim):
     def start():
         model = tiny_model(tiny_config(), torch.float32).to(dtype)
-        return model, Optimizer(model, 0.1)
+        return model, Optimizer(model, 0.1, optim=optim)
 
     model, optimizer = start()
     for step in range(2):

@@ -40,6 +40,9 @@ CASES = {
     "frozen vision": ["--freeze_vision", "--num_iterations", "2"],
     "dynamic sampling": ["--dynamic_sampling"],
     "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
+    "moments in 8 bits": ["--optim", "adamw_8bit"],
+    "moments in bf16": ["--optim", "adamw_anyprecision", "--num_iterations", "2"],
+    "weights in bf16": ["--optim", "adamw_8bit", "--bf16", "true", "--max_steps", "1"],
     "layers stay whole": ["--reshard_after_forward", "false"],
     "copies": ["--shard_size", "1", "--save_steps", "3"],
 }

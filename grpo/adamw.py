@@ -1,0 +1,203 @@
+"""AdamW in little memory: matrices in bf16 without float32 masters, moments in bf16 or 8 bits.
+
+    m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
+    w = (1 - rate decay) w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+(Loshchilov and Hutter 2019, algorithm 2.) The arithmetic is float32, on a few rows at a time; what
+is kept is rounded. An update of 1e-6 is far below the distance of two bf16 numbers: rounded to the
+nearest, a weight would never move. It is rounded up or down by chance, so that its expected value
+is exact (Gupta et al. 2015, section 3.1).
+
+Bytes per number besides weight (2) and gradient (2): 4 with bf16 moments, 2.03 in 8 bits; with
+float32 masters and moments 12.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from grpo.shard import local_rows
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # PyTorch's
+# |m| <= LARGEST sqrt(v) whatever the gradients (Cauchy-Schwarz), unless v was rounded to 0
+LARGEST = (1 - BETA1) / ((1 - BETA2) * (1 - BETA1**2 / BETA2)) ** 0.5
+NUMBERS = 2**23  # that are worked on at once: 32 MB in float32
+BLOCK = 256  # numbers with one scale
+
+
+class Bf16Moment:
+    """A moment (rows, columns) in bf16, rounded by chance: to the nearest, v would never decay."""
+
+    def __init__(self, weight: Tensor, columns: int, signed: bool, device: torch.device | None):
+        self.values = zeros_beside(weight, columns, torch.bfloat16, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.values}
+
+    def load(self, rows: slice, device: torch.device) -> Tensor:
+        return local_rows(self.values)[0][rows].to(device, torch.float32)
+
+    def store(self, rows: slice, value: Tensor, noise: "Noise") -> None:
+        local_rows(self.values)[0][rows].copy_(noise.rounded(value, torch.bfloat16))
+
+
+class EightBitMoment:
+    """A moment (rows, columns) as one byte a number: an entry of `table`, times the largest number
+    of its block of 256 (Dettmers et al. 2021, sections 2.1 and 2.2).
+
+    v is kept as its root, unlike in the paper: the table ends at 3e-7 of the largest number, and
+    where v is rounded to 0 and m is not the update is wrong (docs/LOG.md has numbers). A block lies
+    within one row, of which the last is filled up with zeros: blocks are then the same for any
+    number of ranks. Codes are bytes, held as float8 because the writer of checkpoints knows
+    floating point only.
+    """
+
+    def __init__(self, weight: Tensor, columns: int, signed: bool, device: torch.device | None):
+        self.columns, self.padding, self.signed = columns, -columns % BLOCK, signed
+        padded = columns + self.padding
+        self.codes = zeros_beside(weight, padded, torch.float8_e4m3fn, device)
+        self.scales = zeros_beside(weight, padded // BLOCK, torch.float32, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {".codes": self.codes, ".scales": self.scales}
+
+    def load(self, rows: slice, device: torch.device) -> Tensor:
+        codes, scales = (local_rows(t)[0][rows].to(device) for t in (self.codes, self.scales))
+        values = table(self.signed, device)[codes.view(torch.uint8).int()]
+        values.unflatten(1, (-1, BLOCK)).mul_(scales[:, :, None])
+        values = values[:, : self.columns]
+        return values if self.signed else values.square_()
+
+    def store(self, rows: slice, value: Tensor, noise: "Noise") -> None:
+        value = value if self.signed else value.sqrt()
+        blocks = F.pad(value, (0, self.padding)).unflatten(1, (-1, BLOCK))
+        scales = blocks.abs().amax(2)
+        entries = table(self.signed, value.device)
+        middles = (entries[1:] + entries[:-1]) / 2
+        shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+        codes = torch.bucketize(shares.flatten(1), middles, out_int32=True)
+        local_rows(self.codes)[0][rows].view(torch.uint8).copy_(codes)
+        local_rows(self.scales)[0][rows].copy_(scales)
+
+
+@functools.cache
+def table(signed: bool, device: torch.device) -> Tensor:
+    """The 256 numbers that a code can mean, in order, (256,) float32 (Dettmers et al. 2021, section
+    1.3, dynamic tree quantization): 0, 1 and seven decades, each divided twice as finely as the one
+    below it."""
+    decades = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (i + (not signed)) + 1)
+        decades.append(10.0 ** (i - 6) * (edges[1:] + edges[:-1]) / 2)
+    positive = torch.cat(decades)
+    others = [-positive] if signed else []
+    return torch.cat([*others, positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+
+
+MOMENTS = {"adamw_anyprecision": Bf16Moment, "adamw_8bit": EightBitMoment}
+
+
+def zeros_beside(
+    weight: Tensor, columns: int, dtype: torch.dtype, device: torch.device | None
+) -> Tensor:
+    """Zeros (rows of `weight`, columns), sharded as it is, else on `device` (None: its own)."""
+    local = local_rows(weight.detach())[0]
+    zeros = torch.zeros(len(local), columns, dtype=dtype, device=device or local.device)
+    if not isinstance(weight, DTensor):
+        return zeros
+    place, shape = (weight.device_mesh, weight.placements), torch.Size((len(weight), columns))
+    return DTensor.from_local(zeros, *place, run_check=False, shape=shape, stride=(columns, 1))
+
+
+class Noise:
+    """Random numbers of one block of rows of one update: they follow from the key and the block,
+    whichever rank draws them."""
+
+    def __init__(self, key: str, shape: tuple[int, int], rows: slice, device: torch.device):
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        self.generator = torch.Generator(device).manual_seed(number)
+        self.shape, self.rows = shape, rows
+
+    def rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A float32 value in `dtype`; bf16 is one of its two neighbours, the nearer the likelier.
+
+        bf16 is float32 without its last 16 bits: a random number below 2^16 is added to these
+        before they are dropped.
+        """
+        if dtype != torch.bfloat16:
+            return value
+        options = {"dtype": torch.int32, "device": value.device, "generator": self.generator}
+        bits = torch.randint(2**16, self.shape, **options)[self.rows]
+        bits = (bits + value.contiguous().view(torch.int32)).bitwise_and_(-(2**16))
+        return bits.view(torch.float32).to(torch.bfloat16)
+
+
+class LightAdamW:
+    """AdamW on matrices that are their own masters; moments of the kind that `optim` names.
+
+    weights: name -> parameter, sharded or not, of two dimensions or more. device: of the moments;
+    None is the weights' own.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        optim: str,
+        weight_decay: float,
+        seed: int,
+        device: torch.device | None = None,
+    ):
+        self.weights, self.weight_decay, self.seed = weights, weight_decay, seed
+        kind = MOMENTS[optim]
+        self.state = {
+            name: [kind(w, w[0].numel(), signed, device) for signed in (True, False)]
+            for name, w in weights.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the moments, by name."""
+        return {
+            f"{moment}.{name}{part}": tensor
+            for name, moments in self.state.items()
+            for moment, kept in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+            for part, tensor in kept.tensors().items()
+        }
+
+    @torch.no_grad()
+    def step(self, rate: float, update: int, scale: float) -> None:
+        """One update of every weight by its gradient times `scale`.
+
+        update: its number, from 1 on; it decides the random numbers.
+        """
+        for name, weight in self.weights.items():
+            w, g = (local_rows(t.detach())[0].flatten(1) for t in (weight, weight.grad))
+            m, v = self.state[name]
+            decay = self.weight_decay * rate
+            for key, shape, rows, within in row_blocks(weight, w.shape[1]):
+                noise = Noise(f"{self.seed}/{update}/{name}/{key}", shape, within, w.device)
+                gradient = g[rows].float() * scale
+                mean = m.load(rows, w.device).lerp_(gradient, 1 - BETA1)
+                square = v.load(rows, w.device).mul_(BETA2)
+                square.addcmul_(gradient, gradient, value=1 - BETA2)
+                m.store(rows, mean, noise)
+                v.store(rows, square, noise)
+                size = (square / (1 - BETA2**update)).sqrt_().add_(EPS)
+                move = mean.div_(1 - BETA1**update).div_(size).clamp_(-LARGEST, LARGEST)
+                moved = w[rows].float().mul_(1 - decay).sub_(move, alpha=rate)
+                w[rows] = noise.rounded(moved, w.dtype)
+
+
+def row_blocks(weight: Tensor, columns: int) -> Iterator[tuple[int, tuple[int, int], slice, slice]]:
+    """Blocks of rows of which this rank has some: (which, its shape, those among this rank's rows,
+    the same within the block)."""
+    local, first, rows = local_rows(weight.detach())
+    size = min(rows, max(1, NUMBERS // columns))
+    for block in range(first // size, -(-(first + len(local)) // size)):
+        start, end = max(first, block * size), min(first + len(local), (block + 1) * size)
+        within = slice(start - block * size, end - block * size)
+        yield block, (size, columns), slice(start - first, end - first), within

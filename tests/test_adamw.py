@@ -1,0 +1,227 @@
+"""AdamW without float32 masters: against PyTorch's, against bitsandbytes' own, and its rounding."""
+
+import pytest
+import torch
+from torch import nn
+
+import grpo.adamw
+import train_cls
+from grpo.adamw import BETA1, BETA2, LARGEST, MOMENTS, EightBitMoment, LightAdamW, Noise, table
+from grpo.optimizer import Optimizer, total_norm
+from models.load import load_model
+from tests.runs import SHORT, read_steps, train
+from tests.tiny import tiny_config, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def noise(rows: int, columns: int, key: str = "k") -> Noise:
+    return Noise(key, (rows, columns), slice(0, rows), CPU)
+
+
+class Small(nn.Module):
+    """A matrix of whole blocks, one with rest, a convolution and a vector."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in {"a": (96, 512), "b": (40, 300), "c": (8, 3, 2, 4), "d": (64,)}.items():
+            values = 0.05 * torch.randn(shape, generator=generator)
+            self.register_parameter(name, nn.Parameter(values.to(dtype)))
+
+
+def updates(model: nn.Module, optimizer: Optimizer, count: int, rate: float = 1e-3) -> list[float]:
+    """Steps with gradients of very different sizes; their norms."""
+    norms = []
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            size = torch.rand(parameter.shape[-1], generator=generator) ** 4
+            gradient = torch.randn(parameter.shape, generator=generator) * size
+            (parameter.float() * gradient).sum().backward()
+        norms.append(optimizer.step(rate, 1.0))
+    return norms
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 0.05), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("optim", MOMENTS)
+def test_it_goes_where_adamw_goes(optim, dtype, most):
+    start, full, light = Small(torch.float32), Small(torch.float32), Small(dtype)
+    with torch.no_grad():
+        for name, parameter in light.named_parameters():
+            full.get_parameter(name).copy_(parameter)
+            start.get_parameter(name).copy_(parameter)
+    norms = updates(full, Optimizer(full, 0.1), 30)
+    others = updates(light, Optimizer(light, 0.1, optim=optim), 30)
+    assert others == pytest.approx(norms, rel=1e-3)
+    for name, parameter in light.named_parameters():
+        way = full.get_parameter(name) - start.get_parameter(name)
+        apart = (parameter.float() - full.get_parameter(name)).norm() / way.norm()
+        assert apart < most, f"{name}: {apart:.3f}"
+
+
+def test_eight_bits_are_those_of_bitsandbytes():
+    """Its table; and its own AdamW8bit on the same gradients, which keeps v and not its root, and
+    on a CPU takes 0 for 2e-5."""
+    from bitsandbytes.functional import create_dynamic_map
+    from bitsandbytes.optim import AdamW8bit
+
+    for signed in (True, False):
+        torch.testing.assert_close(
+            table(signed, CPU), create_dynamic_map(signed), rtol=1e-6, atol=0
+        )
+    ours, theirs = Small(torch.float32), Small(torch.float32)
+    optimizer = Optimizer(ours, 0.1, optim="adamw_8bit")
+    peer = AdamW8bit([theirs.a], lr=1e-3, weight_decay=0.1, min_8bit_size=1)
+    for step in range(20):
+        gradient = torch.randn(96, 512, generator=torch.Generator().manual_seed(step))
+        theirs.a.grad, ours.a.grad = gradient.clone(), gradient.clone()
+        peer.step()
+        optimizer.step(1e-3, 0.0)
+    way = theirs.a - Small(torch.float32).a
+    assert (ours.a - theirs.a).norm() / way.norm() < 0.02
+    codes = optimizer.light.state["a"][0].codes.view(torch.uint8).flatten().int()
+    assert (peer.state[theirs.a]["state1"].flatten().int() - codes).abs().float().mean() < 0.1
+
+
+def test_a_number_is_stored_as_the_nearest_entry_of_its_block():
+    value = torch.randn(5, 300) * 10 ** torch.linspace(-8, 2, 300)
+    value[1, :256], value[2] = 0.0, -value[2].abs()
+    for signed in (True, False):
+        here = value if signed else value.abs()  # of v the root is stored
+        moment = EightBitMoment(torch.empty(5, 300), 300, signed, None)
+        moment.store(slice(0, 5), here if signed else here.square(), noise(5, 300))
+        found = moment.load(slice(0, 5), CPU)
+        found = found if signed else found.sqrt()
+        for row in range(5):
+            for block in (slice(0, 256), slice(256, 300)):
+                largest = here[row, block].abs().max()
+                distances = (here[row, block, None] - largest * table(signed, CPU)).abs()
+                apart = (found[row, block] - here[row, block]).abs()
+                torch.testing.assert_close(apart, distances.min(1).values, rtol=1e-4, atol=1e-9)
+
+
+def test_a_vector_has_a_float32_master_and_a_matrix_is_its_own():
+    model = Small(torch.bfloat16)
+    optimizer = Optimizer(model, 0.0, optim="adamw_8bit")
+    for name, parameter in model.named_parameters():
+        is_own = optimizer.masters[name] is parameter
+        assert is_own == (parameter.ndim > 1), name
+    assert optimizer.masters["d"].dtype == torch.float32
+    bytes_ = sum(t.numel() * t.itemsize for t in optimizer.light.state["a"][0].tensors().values())
+    assert bytes_ == 96 * 512 * (1 + 4 / 256)
+
+
+def test_rounding_takes_a_neighbour_and_is_right_on_average():
+    value = torch.tensor([1.0, -1.0, 0.0, 1.001, -3e-5, 2.7, 1e-38]).repeat(4000, 1)
+    rounded = noise(4000, 7).rounded(value, torch.bfloat16)
+    assert torch.equal(rounded[:, :3].float(), value[:, :3]), "what bf16 has stays"
+    below = value.to(torch.bfloat16).float()
+    step = torch.maximum((below.abs() * 2.0**-7), torch.tensor(1e-40))
+    assert ((rounded.float() - value).abs() <= step).all()
+    spread = rounded.float().std(0)[3:]
+    error = (rounded.float().mean(0) - value[0]).abs()[3:]
+    assert (error < 4 * spread / 4000**0.5).all() and (spread > 0).all()
+    again = noise(4000, 7).rounded(value, torch.bfloat16)
+    assert torch.equal(again, rounded) and not torch.equal(
+        noise(4000, 7, "other").rounded(value, torch.bfloat16), rounded
+    )
+
+
+@pytest.mark.parametrize("optim", MOMENTS)
+def test_updates_far_below_the_weights_resolution_are_not_lost(optim):
+    """1e-6 on weights of about 1, whose neighbours are 0.008 away; 100 times, the same way."""
+    weight = nn.Parameter(torch.full((256, 1024), 1.1, dtype=torch.bfloat16))
+    before = weight.detach().float()
+    light = LightAdamW({"w": weight}, optim, 0.0, seed=0)
+    for update in range(1, 101):
+        weight.grad = torch.full_like(weight, 0.3)
+        light.step(1e-6, update, 1.0)
+    moved = (before - weight.float()).mean().item()
+    assert moved == pytest.approx(100e-6, rel=0.15)
+
+
+def test_a_second_moment_that_was_rounded_to_zero_throws_no_weight_away():
+    weight = nn.Parameter(torch.zeros(1, 256))
+    light = LightAdamW({"w": weight}, "adamw_8bit", 0.0, seed=0)
+    mean, square = light.state["w"]
+    mean.store(slice(0, 1), torch.full((1, 256), 1e-3), noise(1, 256))
+    assert (square.load(slice(0, 1), CPU) == 0).all()
+    weight.grad = torch.zeros_like(weight)
+    light.step(1.0, 100, 1.0)
+    torch.testing.assert_close(weight.detach(), torch.full((1, 256), -LARGEST))
+
+
+def test_no_update_of_exact_moments_is_as_large_as_the_limit():
+    """By the worst gradients there are (m and sqrt(v) with equality): g falls as (b1 / b2)^i."""
+    past = torch.arange(400.0, dtype=torch.float64)
+    gradients = (BETA1 / BETA2) ** past
+    m = ((1 - BETA1) * BETA1**past * gradients).sum()
+    v = ((1 - BETA2) * BETA2**past * gradients.square()).sum()
+    assert m / v.sqrt() == pytest.approx(LARGEST, rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", MOMENTS)
+def test_blocks_of_rows_change_float32_weights_by_nothing_but_the_noise(optim, monkeypatch):
+    """In 8 bits nothing is drawn for float32 weights, so nothing changes at all."""
+    found = []
+    for numbers in (2**23, 1000):
+        monkeypatch.setattr(grpo.adamw, "NUMBERS", numbers)
+        model = Small(torch.float32)
+        updates(model, Optimizer(model, 0.1, optim=optim), 5)
+        found.append(list(model.parameters()))
+    for one, two in zip(*found, strict=True):
+        if optim == "adamw_8bit":
+            assert torch.equal(one, two)
+        torch.testing.assert_close(one, two, atol=2e-4, rtol=0)
+
+
+def test_moments_may_lie_on_another_device_than_the_weights():
+    """--cpu_offload on one GPU; here both are the CPU, so only that the numbers are the same."""
+    found = []
+    for device in (None, CPU):
+        model = tiny_model(tiny_config(), torch.float32).to(torch.bfloat16)
+        updates(model, Optimizer(model, 0.1, optim="adamw_8bit", device=device), 2)
+        found.append(list(model.parameters()))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_model_that_is_kept_on_the_cpu_comes_and_goes():
+    """Seen from here, "cpu:0" is another device than "cpu" and its memory is the same."""
+    model = tiny_model(tiny_config(), torch.float32)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    model.keep_on_cpu(torch.device("cpu:0"))
+    kept = [parameter.data_ptr() for parameter in model.parameters()]
+    model._fetch()
+    assert model.device == torch.device("cpu:0")
+    model.release()
+    assert [parameter.data_ptr() for parameter in model.parameters()] == kept
+    assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_the_norm_is_float32_whatever_the_gradients_are():
+    gradients = [torch.randn(100, 100).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    expected = sum(g.double().square().sum() for g in gradients).sqrt()
+    assert total_norm(gradients).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", MOMENTS)
+def test_a_run_in_bf16_saves_what_it_trains(optim, tmp_path):
+    """The checkpoint is bf16, its vectors float32; both scripts' flag is refused with LoRA."""
+    options = [*SHORT, "--optim", optim, "--bf16", "true", "--save_steps", "2"]
+    train(tmp_path / "run", *options, "--learning_rate", "1e-2", "--freeze_vision")
+    steps = [line for line in read_steps(tmp_path / "run") if "loss" in line]
+    assert all(line["sampling/logp_difference_max"] < 0.5 for line in steps)
+    model = load_model(tmp_path / "run" / "final", torch.bfloat16, "cpu")
+    start = load_model(train_cls.DEMO.parent / "checkpoint", torch.bfloat16, "cpu")
+    for (name, one), two in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(one, two) == name.startswith("visual."), name
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    again = load_model(checkpoint, torch.float32, "cpu")
+    wide = dict(again.named_parameters())["model.norm.weight"]
+    assert not torch.equal(wide, wide.to(torch.bfloat16).float()), "vectors are not rounded"
+    torch.testing.assert_close(
+        again.model.embed_tokens.weight, model.model.embed_tokens.weight.float()
+    )
+    with pytest.raises(ValueError, match="--optim has no effect here: adapters are few"):
+        train_cls.main([*SHORT, "--use_peft", "--optim", optim])
