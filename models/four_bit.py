@@ -3,7 +3,7 @@
 Each weight is one of 16 values times the largest of its block of 64; these are kept in 8 bits
 (section 3). bitsandbytes packs and unpacks. Whoever multiplies by such a weight unpacks it first,
 in training as in decoding, so both compute the same policy; no unpacked weight outlives its
-product. The embedding, the head and the vision tower are not packed.
+product. Only the decoder's layers are packed: not the embedding, the head and the vision tower.
 """
 
 import functools
@@ -30,23 +30,35 @@ def library() -> ModuleType:
 class FourBitLinear(nn.Linear):
     """A frozen linear layer, (..., in) -> (..., out); it has no `weight` but the packed one."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None):
-        super().__init__(in_features, out_features, bias, "meta")
+    def __init__(self, in_features: int, out_features: int, bias: bool, device=None):
+        super().__init__(in_features, out_features, bias, device)
         self.weight = None
-        self.packed: Tensor | None = None
 
     def pack(self, weight: Tensor) -> None:
-        """Takes over a weight (out, in), on the device and in the dtype to compute in."""
+        """Takes over a weight (out, in), on the device and in the dtype to compute in.
+
+        packed: 8 bits for two numbers; scales: bitsandbytes' QuantState.
+        """
         options = {"quant_type": "nf4", "compress_statistics": True}
         self.packed, self.scales = library().quantize_4bit(weight, **options)
 
-    def unpacked(self, out: Tensor | None = None) -> Tensor:
-        """The weight (out, in), written to `out` if that is given."""
-        return library().dequantize_4bit(self.packed, self.scales, out=out)
+    def unpacked(self) -> Tensor:
+        """The weight (out, in), in the dtype that it was packed from."""
+        return library().dequantize_4bit(self.packed, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:
         product = _Product.apply(x, self)
         return product if self.bias is None else product + self.bias
+
+
+def use_four_bits(decoder: nn.Module) -> None:
+    """Puts a FourBitLinear in the place of every linear layer in `decoder`; `pack` fills them."""
+    for parent in list(decoder.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                packed = FourBitLinear(layer.in_features, layer.out_features, bias=False)
+                packed.bias = layer.bias
+                setattr(parent, name, packed)
 
 
 class _Product(torch.autograd.Function):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.families import module_name, parameter_name
+from models.four_bit import FourBitLinear
 
 DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -73,10 +74,10 @@ class LoRA:
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter, (..., in) -> (..., out); lora_A (r, in), lora_B (out, r)."""
 
-    def __init__(self, base: nn.Linear, lora: LoRA):
+    def __init__(self, base: nn.Linear, lora: LoRA, like: Tensor):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        like = {"dtype": like.dtype, "device": like.device}
         self.lora_A = nn.Parameter(torch.empty(lora.r, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, lora.r, **like))
         self.scale, self.adapted = lora.scale, True
@@ -87,9 +88,14 @@ class LoRALinear(nn.Linear):
             return out
         return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
-    def merged(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """W + scale B A in float32, (out, in), of these adapters (their float32 masters)."""
-        return self.weight.float() + self.scale * (lora_B.float() @ lora_A.float())
+    def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """W + scale B A in float32, (out, in), of this W and these adapters (their float32
+        masters)."""
+        return weight.float() + self.scale * (lora_B.float() @ lora_A.float())
+
+
+class LoRAFourBitLinear(LoRALinear, FourBitLinear):
+    """The same over a weight in 4 bits."""
 
 
 def add_adapters(model: nn.Module, lora: LoRA) -> None:
@@ -99,8 +105,9 @@ def add_adapters(model: nn.Module, lora: LoRA) -> None:
     """
     for name in lora.layers(model):
         parent, _, last = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), lora)
-        setattr(model.get_submodule(parent), last, layer)
+        base = model.get_submodule(name)
+        kind = LoRAFourBitLinear if isinstance(base, FourBitLinear) else LoRALinear
+        setattr(model.get_submodule(parent), last, kind(base, lora, like=model.model.norm.weight))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 

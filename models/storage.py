@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.four_bit import FourBitLinear
 from models.qwen_vl import QwenVL
 
 JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
@@ -21,6 +22,8 @@ def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> Q
     for layer in model.model.layers:
         for part, names in JOINED:
             linears = [getattr(layer, part).get_submodule(name) for name in names]
+            if isinstance(linears[0], FourBitLinear):
+                continue
             rows = [len(linear.weight) for linear in linears]
             block = torch.empty(sum(rows), linears[0].in_features, dtype=dtype, device=device)
             for linear, place in zip(linears, block.split(rows), strict=True):
@@ -35,7 +38,15 @@ def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> Q
 
 def joined(linears: Sequence[nn.Linear]) -> Tensor:
     """The weights of these layers as one (rows, features): their common block if `allocate` laid
-    them out so, else a copy."""
+    them out so, else a copy; of weights in 4 bits a copy that is unpacked."""
+    if isinstance(linears[0], FourBitLinear):
+        rows, like = [linear.out_features for linear in linears], linears[0].scales
+        block = torch.empty(
+            sum(rows), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
+        )
+        for linear, place in zip(linears, block.split(rows), strict=True):
+            place.copy_(linear.unpacked())
+        return block
     first, *others = weights = [linear.weight.detach() for linear in linears]
     end = first.storage_offset() + first.numel()
     for weight in others:

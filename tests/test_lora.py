@@ -127,7 +127,7 @@ def test_merged_weights_give_the_same_logits(family):
             if isinstance(layer, LoRALinear):
                 change = layer.scale * layer.lora_B @ layer.lora_A
                 plain.get_submodule(name).weight += change
-                merged = layer.merged(layer.lora_A, layer.lora_B)
+                merged = layer.merged(base[f"{name}.weight"], layer.lora_A, layer.lora_B)
                 torch.testing.assert_close(merged, (base[f"{name}.weight"] + change).float())
     torch.testing.assert_close(own_hidden(model, [prompt]), own_hidden(plain, [prompt]))
 

@@ -1,0 +1,186 @@
+"""A frozen base in 4 bits: against bitsandbytes' own layer, and in runs."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train_cls
+import train_det
+from grpo.logps import pack_chunks, pack_logps
+from grpo.pack import make_packs
+from grpo.ranks import Ranks
+from grpo.shard import checksum, load_weights
+from models.families import FAMILIES
+from models.four_bit import BYTES, FourBitLinear
+from models.load import empty_model, load_model, save_model
+from models.lora import WEIGHTS, LoRA, initial, is_adapter, without_adapters
+from models.storage import allocate, joined
+from tests.runs import CHECKPOINT, SHORT, read_lines, timeless, train
+from tests.test_families import groups_of
+from tests.tiny import IMAGE, family_config, tiny_model
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+by_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_that_of_bitsandbytes(dtype):
+    """Value and gradient; and it takes little more than half a byte a weight."""
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    linear = nn.Linear(1024, 768).to(dtype)
+    options = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": True}
+    peer = bitsandbytes.nn.Linear4bit(1024, 768, **options)
+    peer.load_state_dict(linear.state_dict())
+    peer = peer.to("cpu")
+    ours = FourBitLinear(1024, 768, bias=False)
+    ours.bias = linear.bias
+    ours.pack(linear.weight.detach())
+    one, two = (torch.randn(9, 1024, dtype=dtype).requires_grad_() for _ in range(2))
+    two.data.copy_(one.data)
+    loose = {} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(ours(one), peer(two), **loose)
+    with torch.no_grad():
+        error = (ours(one) - linear(one)).float().norm() / linear(one).float().norm()
+    assert 0.01 < error < 0.2, "it is quantized"
+    for layer, x in ((ours, one), (peer, two)):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, **loose)
+    state = ours.scales
+    parts = [ours.packed, state.absmax, state.state2.absmax]
+    bytes_ = sum(part.numel() * part.itemsize for part in parts)
+    assert bytes_ == pytest.approx(BYTES * 1024 * 768, rel=0.01)
+    assert ours.weight is None and list(ours.parameters()) == [linear.bias]
+
+
+def quantized(folder, family: str, dtype=torch.float32):
+    """(a model in 4 bits with adapters that are not 0, the same with these weights unpacked)."""
+    plain = tiny_model(family_config(family), torch.float32, scale=2)
+    save_model(dict(plain.named_parameters()), plain, folder, folder)
+    lora = LoRA(3, 4.0, ("q_proj", "v_proj", "down_proj"))
+    model = allocate(empty_model(folder, lora=lora, four_bit=True), dtype, "cpu")
+    load_weights(model, folder)
+    plain = plain.to(dtype)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.copy_(initial(name, parameter.shape, seed=1))
+                if name.endswith("lora_B"):
+                    parameter.normal_(0, 0.3)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FourBitLinear)}
+    assert len(layers) == 4 * 7 and not any("visual" in name for name in layers)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = plain.get_submodule(name).weight
+            assert (layer.unpacked() - weight).abs().max() > 1e-3
+            weight.copy_(layer.unpacked())
+    plain.adapt(lora)
+    for name, parameter in model.named_parameters():
+        plain.get_parameter(name).data.copy_(parameter.detach())
+    for one in (model, plain):
+        one.suppressed_ids = torch.tensor((IMAGE, 57, 58, 60))
+    return model, plain
+
+
+@by_family
+def test_sampling_and_training_are_those_of_the_unpacked_weights(family, tmp_path):
+    """Log-probs of packs, gradients of adapters, sampled tokens; with adapters and without."""
+    model, plain = quantized(tmp_path, family)
+    torch.manual_seed(2)
+    groups = groups_of(model, 4)
+    torch.manual_seed(2)
+    others = groups_of(plain, 4)
+    assert [g.completion_ids for g in groups] == [g.completion_ids for g in others]
+    (pack,) = make_packs(groups, 10**9, (torch.ones(3, 4), torch.ones(3, 4)))
+    sampled = torch.cat([logp for group in groups for logp in group.sampling_logps])
+    with torch.no_grad():
+        torch.testing.assert_close(pack_logps(model, pack, 1.0), sampled, atol=1e-4, rtol=1e-4)
+        with without_adapters(model), without_adapters(plain):
+            base = [pack_logps(one, pack, 1.0) for one in (model, plain)]
+        torch.testing.assert_close(*base)
+        assert (base[0] - sampled).abs().max() > 1e-2, "a blunt test"
+    for one in (model, plain):
+        one.model.gradient_checkpointing = True
+        for tokens in pack_chunks(one, pack, 1.0, chunk=7):
+            tokens.logps.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not is_adapter(name)), name
+        if parameter.grad is not None:
+            expected = plain.get_parameter(name).grad
+            torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_joined_weights_are_those_of_the_layers(tmp_path):
+    model, _ = quantized(tmp_path, "qwen2_vl", torch.bfloat16)
+    attention = model.model.layers[1].self_attn
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    block = joined(linears)
+    assert block.dtype == torch.bfloat16
+    assert torch.equal(block, torch.cat([linear.unpacked() for linear in linears]))
+
+
+def test_a_changed_weight_changes_the_checksum(tmp_path):
+    """As when a run is resumed over another base."""
+    model, _ = quantized(tmp_path, "qwen2_vl")
+    before = checksum(model, ALONE)
+    model.model.layers[2].mlp.up_proj.packed[3] += 1
+    assert checksum(model, ALONE) != before
+
+
+LORA = [*SHORT, "--use_peft", "--load_in_4bit", "--lora_r", "4", "--learning_rate", "5e-3"]
+
+
+def test_a_run_in_four_bits(tmp_path):
+    """Sampled and trained are one policy; final/ is the checkpoint's own weights and the adapter;
+    a run resumed is the run that was never stopped."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    options = ["--max_steps", "4", "--save_steps", "2", "--num_iterations", "2"]
+    train(run, *LORA, *options, "--lora_target_modules", "q_proj", "down_proj")
+    steps = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    assert all(line["sampling/logp_difference_max"] < 1e-4 for line in steps)
+    assert steps[0]["kl_max"] < 1e-9 < steps[-1]["kl_max"], "the reference is the base"
+
+    adapter = load_file(run / "final" / "adapter" / WEIGHTS)
+    start, final = (load_file(f / "model.safetensors") for f in (CHECKPOINT, run / "final"))
+    changed = 0
+    for name, weight in final.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        key = key.replace("model.layers.", "model.language_model.layers.")
+        expected = start[name].float()
+        if f"{key}.lora_A.weight" in adapter:
+            change = 8 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+            expected = expected + change
+            changed += bool(change.any())
+        torch.testing.assert_close(weight, expected)
+    assert changed == len(adapter) / 2 > 0
+    load_model(run / "final", torch.float32, "cpu")
+
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoint-4")
+    shutil.rmtree(again / "final")
+    assert train_cls.main(["--output_dir", str(again), "--resume_from_checkpoint", "auto"]) == 0
+    for name in (f"final/adapter/{WEIGHTS}", "final/model.safetensors"):
+        one, two = load_file(run / name), load_file(again / name)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (run, again)]
+    assert lines[0] == lines[1]
+
+
+def test_detection_in_four_bits_and_bf16(tmp_path):
+    options = ["--max_steps", "1", "--prompts_per_step", "2", "--num_generations", "4", "--bf16"]
+    options += ["--use_peft", "--load_in_4bit", "--eval_samples", "2", "--freeze_vision", "false"]
+    train(tmp_path / "run", *options, "--max_completion_length", "96", script=train_det)
+    assert load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
+
+
+def test_four_bits_are_for_adapters(monkeypatch):
+    with pytest.raises(ValueError, match="--load_in_4bit has no effect here: it is for --use_peft"):
+        train_cls.main([*SHORT, "--load_in_4bit"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes"):
+        train_cls.main([*SHORT, "--use_peft", "--load_in_4bit"])
