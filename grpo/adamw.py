@@ -14,7 +14,6 @@ float32 masters and moments 12.
 
 import functools
 import hashlib
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +98,8 @@ def table(signed: bool, device: torch.device) -> Tensor:
     return torch.cat([*others, positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
 
 
+# bytes of both moments of a number
+MOMENT_BYTES = {"adamw_anyprecision": 4, "adamw_8bit": 2 + 2 * 4 / BLOCK}
 MOMENTS = {"adamw_anyprecision": Bf16Moment, "adamw_8bit": EightBitMoment}
 
 
@@ -115,26 +116,37 @@ def zeros_beside(
 
 
 class Noise:
-    """Random numbers of one block of rows of one update: they follow from the key and the block,
-    whichever rank draws them."""
+    """Random bits for rounding `count` numbers of a tensor, from the number `first` on.
 
-    def __init__(self, key: str, shape: tuple[int, int], rows: slice, device: torch.device):
-        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        self.generator = torch.Generator(device).manual_seed(number)
-        self.shape, self.rows = shape, rows
+    Those of number i are the i-th of SplitMix64 (Steele et al. 2014, figure 16) seeded by `key`:
+    whichever rank or device asks, and however many at a time.
+    """
+
+    def __init__(self, key: str, first: int, count: int, device: torch.device):
+        self.key, self.place, self.used = key, (first, first + count, device), 0
+
+    @functools.cached_property
+    def bits(self) -> Tensor:
+        """(count,) int64."""
+        first, end, device = self.place
+        seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big", signed=True)
+        z = torch.arange(first + 1, end + 1, device=device).mul_(-0x61C8864680B583EB).add_(seed)
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+        return z
 
     def rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A float32 value in `dtype`; bf16 is one of its two neighbours, the nearer the likelier.
 
         bf16 is float32 without its last 16 bits: a random number below 2^16 is added to these
-        before they are dropped.
+        before they are dropped. For up to four values, each with bits of its own.
         """
         if dtype != torch.bfloat16:
             return value
-        options = {"dtype": torch.int32, "device": value.device, "generator": self.generator}
-        bits = torch.randint(2**16, self.shape, **options)[self.rows]
-        bits = (bits + value.contiguous().view(torch.int32)).bitwise_and_(-(2**16))
-        return bits.view(torch.float32).to(torch.bfloat16)
+        random = (self.bits >> 16 * self.used).bitwise_and_(2**16 - 1).to(torch.int32)
+        self.used += 1
+        bits = random.view(value.shape).add_(value.contiguous().view(torch.int32))
+        return bits.bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 class LightAdamW:
@@ -177,27 +189,20 @@ class LightAdamW:
         for name, weight in self.weights.items():
             w, g = (local_rows(t.detach())[0].flatten(1) for t in (weight, weight.grad))
             m, v = self.state[name]
-            decay = self.weight_decay * rate
-            for key, shape, rows, within in row_blocks(weight, w.shape[1]):
-                noise = Noise(f"{self.seed}/{update}/{name}/{key}", shape, within, w.device)
+            first, columns = local_rows(weight.detach())[1], w.shape[1]
+            at_once = max(1, NUMBERS // columns)
+            for start in range(0, len(w), at_once):
+                rows = slice(start, min(start + at_once, len(w)))
+                count = (rows.stop - start) * columns
+                key = f"{self.seed}/{update}/{name}"
+                noise = Noise(key, (first + start) * columns, count, w.device)
                 gradient = g[rows].float() * scale
                 mean = m.load(rows, w.device).lerp_(gradient, 1 - BETA1)
                 square = v.load(rows, w.device).mul_(BETA2)
                 square.addcmul_(gradient, gradient, value=1 - BETA2)
                 m.store(rows, mean, noise)
                 v.store(rows, square, noise)
-                size = (square / (1 - BETA2**update)).sqrt_().add_(EPS)
+                size = square.div_(1 - BETA2**update).sqrt_().add_(EPS)
                 move = mean.div_(1 - BETA1**update).div_(size).clamp_(-LARGEST, LARGEST)
-                moved = w[rows].float().mul_(1 - decay).sub_(move, alpha=rate)
+                moved = w[rows].float().mul_(1 - rate * self.weight_decay).sub_(move, alpha=rate)
                 w[rows] = noise.rounded(moved, w.dtype)
-
-
-def row_blocks(weight: Tensor, columns: int) -> Iterator[tuple[int, tuple[int, int], slice, slice]]:
-    """Blocks of rows of which this rank has some: (which, its shape, those among this rank's rows,
-    the same within the block)."""
-    local, first, rows = local_rows(weight.detach())
-    size = min(rows, max(1, NUMBERS // columns))
-    for block in range(first // size, -(-(first + len(local)) // size)):
-        start, end = max(first, block * size), min(first + len(local), (block + 1) * size)
-        within = slice(start - block * size, end - block * size)
-        yield block, (size, columns), slice(start - first, end - first), within

@@ -1,5 +1,7 @@
 """AdamW without float32 masters: against PyTorch's, against bitsandbytes' own, and its rounding."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def noise(rows: int, columns: int, key: str = "k") -> Noise:
-    return Noise(key, (rows, columns), slice(0, rows), CPU)
+    return Noise(key, 0, rows * columns, CPU)
 
 
 class Small(nn.Module):
@@ -161,19 +163,30 @@ def test_no_update_of_exact_moments_is_as_large_as_the_limit():
     assert m / v.sqrt() == pytest.approx(LARGEST, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optim", MOMENTS)
-def test_blocks_of_rows_change_float32_weights_by_nothing_but_the_noise(optim, monkeypatch):
-    """In 8 bits nothing is drawn for float32 weights, so nothing changes at all."""
+def test_how_many_rows_are_worked_on_at_once_changes_no_bit(optim, dtype, monkeypatch):
     found = []
     for numbers in (2**23, 1000):
         monkeypatch.setattr(grpo.adamw, "NUMBERS", numbers)
-        model = Small(torch.float32)
+        model = Small(dtype)
         updates(model, Optimizer(model, 0.1, optim=optim), 5)
         found.append(list(model.parameters()))
-    for one, two in zip(*found, strict=True):
-        if optim == "adamw_8bit":
-            assert torch.equal(one, two)
-        torch.testing.assert_close(one, two, atol=2e-4, rtol=0)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_random_bits_are_splitmix64s():
+    seed, mask, expected = hashlib.sha256(b"key").digest()[:8], 2**64 - 1, []
+    state = int.from_bytes(seed, "big")
+    for _ in range(1000):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        expected.append(z ^ (z >> 31))
+    assert [number & mask for number in Noise("key", 0, 1000, CPU).bits.tolist()] == expected
+    assert [number & mask for number in Noise("key", 600, 9, CPU).bits.tolist()] == expected[
+        600:609
+    ]
 
 
 def test_moments_may_lie_on_another_device_than_the_weights():

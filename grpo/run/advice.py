@@ -12,14 +12,17 @@ CHANGES = (
     ("tokens_per_pack", 8192, "shorter passes, more of them"),
     ("tokens_per_pack", 4096, "shorter passes, more of them"),
     ("freeze_vision", True, "the vision tower stays as it is; faster"),
+    ("optim", "adamw_8bit", "no float32 masters, moments in 8 bits; weights rounded by chance"),
+    ("cpu_offload", True, "moments and reference on the CPU between their uses"),
     ("use_peft", True, "only adapters are trained (LoRA), at a higher --learning_rate"),
     ("beta", 0.0, "no KL term, no reference"),
     ("gradient_checkpointing", True, "a third more time"),
     ("reshard_after_forward", True, "more traffic between GPUs"),
     ("tokens_per_pack", 2048, "shorter passes, more of them"),
     ("prompts_per_step", 4, "fewer prompts a step"),
-    ("cpu_offload", True, "updates on the CPU"),
+    ("load_in_4bit", True, "with --use_peft: frozen weights in 4 bits; decoding is slower"),
 )
+WITHOUT_PEFT = {"freeze_vision", "beta", "optim", "cpu_offload"}
 
 
 def gpu_gb(config, device: torch.device) -> float | None:
@@ -36,14 +39,18 @@ def changes(config, world: int) -> list[tuple[dict, str, str]]:
     found = []
     for name, value, cost in CHANGES:
         now = getattr(config, name)
-        several = name in ("reshard_after_forward", "cpu_offload")
-        higher = not isinstance(value, bool) and now > value
-        no_effect = config.use_peft and name in ("freeze_vision", "beta", "use_peft")
-        no_effect |= several and (world == 1 or config.use_peft)
-        if no_effect or not (higher or now is False):
+        sharded = world > 1 and not config.use_peft
+        no_effect = config.use_peft and name in WITHOUT_PEFT | {"use_peft"}
+        no_effect |= name == "reshard_after_forward" and not sharded
+        no_effect |= name == "load_in_4bit" and not config.use_peft
+        if name == "optim":
+            changes_it = now == "adamw_torch"
+        else:
+            changes_it = now is False if isinstance(value, bool) else now > value
+        if no_effect or not changes_it:
             continue
         flag = f"--{name}" if value is True and name != "gradient_checkpointing" else ""
-        shown = f"{value:g}" if not isinstance(value, bool) else "true"
+        shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
         found.append(({name: value}, flag or f"--{name} {shown}", cost))
     return found
 
@@ -94,6 +101,8 @@ def fitting(config, world: int, peak: Callable, usable: float) -> list:
     to be needed, each flag changed as little as will do; empty if all of them do not."""
     chosen = []
     for one in changes(config, world):
+        if "use_peft" in one[0]:  # these have no effect with it
+            chosen = [other for other in chosen if not other[0].keys() & WITHOUT_PEFT]
         chosen.append(one)
         if peak(applied(config, chosen), world) <= usable:
             break
