@@ -13,7 +13,7 @@ CHANGES = (
     ("tokens_per_pack", 4096, "shorter passes, more of them"),
     ("freeze_vision", True, "the vision tower stays as it is; faster"),
     ("optim", "adamw_8bit", "no float32 masters, moments in 8 bits; weights rounded by chance"),
-    ("cpu_offload", True, "moments and reference on the CPU between their uses"),
+    ("cpu_offload", True, "masters, moments, reference in the CPU's memory; slower"),
     ("use_peft", True, "only adapters are trained (LoRA), at a higher --learning_rate"),
     ("beta", 0.0, "no KL term, no reference"),
     ("gradient_checkpointing", True, "a third more time"),
