@@ -186,8 +186,6 @@ def test_a_value_beyond_a_bound_is_named(name):
         (["--timeout", "9"], 1, "--timeout has no effect here: with one rank there is no other"),
         (["--shard_size", "1"], 1, "--shard_size has no effect here: with one rank nothing is"),
         (["--reshard_after_forward", "false"], 1, "--reshard_after_forward has no effect here"),
-        (["--cpu_offload", "--use_peft"], 1, "--cpu_offload has no effect here"),
-        (["--optim", "adamw_8bit", "--use_peft"], 1, "--optim has no effect here"),
         (["--load_in_4bit"], 1, "--load_in_4bit has no effect here"),
         (["--run_name", "x"], 2, "--run_name has no effect here: it names the run for --report_to"),
         (["--max_sampling_rounds", "3"], 2, "--max_sampling_rounds has no effect here: it is for"),
@@ -205,6 +203,12 @@ def test_a_flag_without_effect_is_refused(tmp_path, argv, world, message):
     own = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto")[0]
     assert getattr(own, argv[0][2:]) == value
     own.check_effects(world)
+
+
+@pytest.mark.parametrize("flag", [["--cpu_offload"], ["--optim", "adamw_8bit"]])
+def test_what_adapters_have_no_use_for_is_refused(flag):
+    with pytest.raises(ValueError, match=f"{flag[0]} has no effect here"):
+        parse(*NEEDED, "--use_peft", *flag)[0].check_effects(1)
 
 
 def test_flags_that_have_an_effect_are_not_refused():
