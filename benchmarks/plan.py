@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_cls  # noqa: E402
 from benchmarks.material import make_checkpoint, make_images  # noqa: E402
-from benchmarks.step import random_reward  # noqa: E402
+from benchmarks.step import endless_and_by_chance  # noqa: E402
 from grpo.run.flags import parse_config  # noqa: E402
 from grpo.run.plan import estimate_memory  # noqa: E402
 from models.load import check_checkpoint  # noqa: E402
@@ -52,16 +52,8 @@ STEP += "--bf16 true --save_steps 0 --learning_rate 1e-4 --diagnose_after 0 --ev
 
 def run(checkpoint: str, images: str, output: str, flags: str) -> None:
     """One run of train_cls.py's main(), rewarded by chance; its plan goes to a file."""
-    score = train_cls.score
-
-    class Endless(train_cls.Processor):
-        suppressed_ids = property(lambda self: [*super().suppressed_ids, *self.stop_ids])
-
-    def scored(completion, *arguments):
-        true = score(completion, *arguments)
-        return true if all(true.values()) else {name: random_reward(completion) for name in true}
-
-    train_cls.Processor, train_cls.score, said = Endless, scored, io.StringIO()
+    endless_and_by_chance(train_cls)
+    said = io.StringIO()
     paths = ["--model_name_or_path", checkpoint, "--dataset_name", images, "--output_dir", output]
     with contextlib.redirect_stdout(said):
         code = train_cls.main([*STEP.split(), *paths, *flags.split()])

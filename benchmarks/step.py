@@ -41,6 +41,20 @@ def random_reward(text: str) -> float:
     return zlib.crc32(text.encode()) / 2**32
 
 
+def endless_and_by_chance(script) -> None:
+    """Changes a training script's module: completions have full length and random rewards."""
+    score = script.score
+
+    class Endless(script.Processor):
+        suppressed_ids = property(lambda self: [*super().suppressed_ids, *self.stop_ids])
+
+    def scored(completion, *arguments):
+        true = score(completion, *arguments)
+        return true if all(true.values()) else {name: random_reward(completion) for name in true}
+
+    script.Processor, script.score = Endless, scored
+
+
 def resident() -> float:
     """Memory of this process now, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -60,16 +74,7 @@ def ours(settings: dict) -> dict:
     import train_cls
 
     imported = resident()
-    score = train_cls.score
-
-    class Endless(train_cls.Processor):
-        suppressed_ids = property(lambda self: [*super().suppressed_ids, *self.stop_ids])
-
-    def scored(completion, *arguments):
-        true = score(completion, *arguments)
-        return true if all(true.values()) else {name: random_reward(completion) for name in true}
-
-    train_cls.Processor, train_cls.score = Endless, scored
+    endless_and_by_chance(train_cls)
     run = Path(settings["folder"]) / f"run-{os.getpid()}"
     argv = f"--prompts_per_step {PROMPTS} --num_generations {settings['group']} --beta {BETA} "
     argv += f"--max_completion_length {settings['completion']} --max_steps {settings['steps'] + 1} "

@@ -42,6 +42,11 @@ class FourBitLinear(nn.Linear):
         options = {"quant_type": "nf4", "compress_statistics": True}
         self.packed, self.scales = library().quantize_4bit(weight, **options)
 
+    def parts(self) -> list[Tensor]:
+        """All tensors that the weight is made of: codes, their scales, and the scales of those."""
+        state = self.scales
+        return [self.packed, state.absmax, state.state2.absmax, state.offset.view(1)]
+
     def unpacked(self) -> Tensor:
         """The weight (out, in), in the dtype that it was packed from."""
         return library().dequantize_4bit(self.packed, self.scales)
@@ -59,6 +64,11 @@ def use_four_bits(decoder: nn.Module) -> None:
                 packed = FourBitLinear(layer.in_features, layer.out_features, bias=False)
                 packed.bias = layer.bias
                 setattr(parent, name, packed)
+
+
+def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
+    """The layers of the model whose weights are in 4 bits, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FourBitLinear)}
 
 
 class _Product(torch.autograd.Function):

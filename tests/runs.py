@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,21 @@ def timeless(lines: list[dict]) -> list[dict]:
     """Without what the clock measured."""
     prefixes = ("time/", "memory/", "step_time")
     return [{k: v for k, v in line.items() if not k.startswith(prefixes)} for line in lines]
+
+
+def assert_resumes(run: Path, again: Path, *later: str) -> None:
+    """A copy of the run without what came `later`, resumed, ends as the run did: weights byte for
+    byte, metrics but for the clock's."""
+    shutil.copytree(run, again)
+    for name in later:
+        shutil.rmtree(again / name)
+    assert train_cls.main(["--output_dir", str(again), "--resume_from_checkpoint", "auto"]) == 0
+    files = [path.relative_to(run) for path in run.glob("final/**/*.safetensors")]
+    assert files
+    for name in files:
+        assert (run / name).read_bytes() == (again / name).read_bytes(), name
+    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (run, again)]
+    assert lines[0] == lines[1]
 
 
 def torchrun(

@@ -1,6 +1,7 @@
 """AdamW without float32 masters: against PyTorch's, against bitsandbytes' own, and its rounding."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,27 @@ from torch import nn
 
 import grpo.adamw
 import train_cls
-from grpo.adamw import BETA1, BETA2, LARGEST, MOMENTS, EightBitMoment, LightAdamW, Noise, table
-from grpo.optimizer import Optimizer, total_norm
+from grpo.adamw import (
+    BETA1,
+    BETA2,
+    LARGEST,
+    MOMENTS,
+    Bf16Moment,
+    EightBitMoment,
+    LightAdamW,
+    Noise,
+    table,
+)
+from grpo.optimizer import OPTIMIZERS, Optimizer, total_norm
+from grpo.ranks import Ranks
+from grpo.run.load import load_models
+from grpo.shard import reshard
 from models.load import load_model
-from tests.runs import SHORT, read_steps, train
-from tests.tiny import tiny_config, tiny_model
+from tests.runs import CHECKPOINT, SHORT, read_steps, train
+from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
 def noise(rows: int, columns: int, key: str = "k") -> Noise:
@@ -189,27 +204,65 @@ def test_random_bits_are_splitmix64s():
     ]
 
 
-def test_moments_may_lie_on_another_device_than_the_weights():
-    """--cpu_offload on one GPU; here both are the CPU, so only that the numbers are the same."""
-    found = []
-    for device in (None, CPU):
-        model = tiny_model(tiny_config(), torch.float32).to(torch.bfloat16)
-        updates(model, Optimizer(model, 0.1, optim="adamw_8bit", device=device), 2)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_what_is_beside_the_model_may_lie_on_another_device(optim):
+    """--cpu_offload on one GPU. "cpu:0" counts as another device than "cpu": the numbers are the
+    same, and masters, moments and summed gradients are there."""
+    elsewhere, found = torch.device("cpu:0"), []
+    for device in (None, elsewhere):
+        model = tiny_model(tiny_config(), torch.float32)
+        optimizer = Optimizer(model, 0.1, optim=optim, device=device)
+        updates(model, optimizer, 2)
         found.append(list(model.parameters()))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    own = optimizer.light.weights if optimizer.light else {}
+    beside = [m for name, m in optimizer.masters.items() if name not in own]
+    assert beside and not any(m is p for m in beside for p in model.parameters())
 
 
 def test_a_model_that_is_kept_on_the_cpu_comes_and_goes():
-    """Seen from here, "cpu:0" is another device than "cpu" and its memory is the same."""
-    model = tiny_model(tiny_config(), torch.float32)
-    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    """Here "cpu:0" counts as another device than "cpu": what goes there is copied."""
+    model, prompt = tiny_model(tiny_config(), torch.float32), tiny_prompt(tiny_config(), [(4, 4)])
+
+    def hidden() -> torch.Tensor:
+        bounds = model.bounds([(len(prompt),)])
+        return model.hidden_states(prompt.input_ids, prompt.position_ids, bounds, [prompt])
+
+    def places() -> list[int]:
+        return [parameter.data_ptr() for parameter in model.parameters()]
+
+    expected, kept = hidden(), places()
     model.keep_on_cpu(torch.device("cpu:0"))
-    kept = [parameter.data_ptr() for parameter in model.parameters()]
-    model._fetch()
-    assert model.device == torch.device("cpu:0")
-    model.release()
-    assert [parameter.data_ptr() for parameter in model.parameters()] == kept
-    assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+    assert places() == kept and model.device == torch.device("cpu:0")
+    for _ in range(2):
+        assert torch.equal(hidden(), expected)
+        assert not set(places()) & set(kept)
+        reshard(None, model)
+        assert places() == kept
+
+
+def test_the_flags_reach_models_and_optimizer():
+    """On one rank --cpu_offload keeps reference and moments on the CPU, never the policy."""
+    flags = {"model_name_or_path": "m", "dataset_name": "d", "seed": 7, "optim": "adamw_8bit"}
+    for offload in (False, True):
+        config = train_cls.Config(**flags, cpu_offload=offload, weight_decay=0.25)
+        run = SimpleNamespace(config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa")
+        policy, sampler, reference, optimizer = load_models(run, CHECKPOINT, [])
+        assert (optimizer.light.seed, optimizer.light.weight_decay) == (7, 0.25)
+        assert optimizer.device == (CPU if offload else None)
+        assert (reference._on_cpu is not None) == offload
+        assert policy is sampler and policy._on_cpu is None
+
+
+def test_a_bf16_moment_decays():
+    """A thousandth less each time, where two bf16 numbers are four to eight thousandths apart."""
+    moment = Bf16Moment(torch.empty(1, 4096), 4096, False, None)
+    moment.store(slice(0, 1), torch.ones(1, 4096), noise(1, 4096))
+    for update in range(1000):
+        value = moment.load(slice(0, 1), CPU) * BETA2
+        moment.store(slice(0, 1), value, noise(1, 4096, f"{update}"))
+    mean = moment.load(slice(0, 1), CPU).mean().item()
+    assert mean == pytest.approx(BETA2**1000, rel=0.03)
 
 
 def test_the_norm_is_float32_whatever_the_gradients_are():

@@ -1,6 +1,6 @@
 """A frozen base in 4 bits: against bitsandbytes' own layer, and in runs."""
 
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ import train_det
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.ranks import Ranks
+from grpo.run.load import load_models
 from grpo.shard import checksum, load_weights
 from models.families import FAMILIES
-from models.four_bit import BYTES, FourBitLinear
+from models.four_bit import BYTES, FourBitLinear, four_bit_layers
 from models.load import empty_model, load_model, save_model
 from models.lora import WEIGHTS, LoRA, initial, is_adapter, without_adapters
 from models.storage import allocate, joined
-from tests.runs import CHECKPOINT, SHORT, read_lines, timeless, train
+from tests.runs import CHECKPOINT, SHORT, assert_resumes, read_lines, train
 from tests.test_families import groups_of
 from tests.tiny import IMAGE, family_config, tiny_model
 
@@ -50,9 +51,7 @@ def test_a_layer_is_that_of_bitsandbytes(dtype):
     for layer, x in ((ours, one), (peer, two)):
         layer(x).square().sum().backward()
     torch.testing.assert_close(one.grad, two.grad, **loose)
-    state = ours.scales
-    parts = [ours.packed, state.absmax, state.state2.absmax]
-    bytes_ = sum(part.numel() * part.itemsize for part in parts)
+    bytes_ = sum(part.numel() * part.itemsize for part in ours.parts())
     assert bytes_ == pytest.approx(BYTES * 1024 * 768, rel=0.01)
     assert ours.weight is None and list(ours.parameters()) == [linear.bias]
 
@@ -72,7 +71,7 @@ def quantized(folder, family: str, dtype=torch.float32):
                 parameter.copy_(initial(name, parameter.shape, seed=1))
                 if name.endswith("lora_B"):
                     parameter.normal_(0, 0.3)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FourBitLinear)}
+    layers = four_bit_layers(model)
     assert len(layers) == 4 * 7 and not any("visual" in name for name in layers)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -128,8 +127,23 @@ def test_a_changed_weight_changes_the_checksum(tmp_path):
     """As when a run is resumed over another base."""
     model, _ = quantized(tmp_path, "qwen2_vl")
     before = checksum(model, ALONE)
-    model.model.layers[2].mlp.up_proj.packed[3] += 1
-    assert checksum(model, ALONE) != before
+    for part in model.model.layers[2].mlp.up_proj.parts():  # the same codes at another scale, too
+        kept = part.clone()
+        part[0] += 1
+        assert checksum(model, ALONE) != before
+        part.copy_(kept)
+    assert checksum(model, ALONE) == before
+
+
+def test_the_flag_reaches_the_model():
+    flags = {"model_name_or_path": "m", "dataset_name": "d", "use_peft": True}
+    for four_bit in (False, True):
+        config = train_cls.Config(**flags, load_in_4bit=four_bit, lora_target_modules=["q_proj"])
+        run = SimpleNamespace(config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa")
+        policy, sampler, reference, _ = load_models(run, CHECKPOINT, [])
+        assert policy is sampler is reference
+        layers = policy.config.num_hidden_layers
+        assert len(four_bit_layers(policy)) == (7 * layers if four_bit else 0)
 
 
 LORA = [*SHORT, "--use_peft", "--load_in_4bit", "--lora_r", "4", "--learning_rate", "5e-3"]
@@ -160,15 +174,7 @@ def test_a_run_in_four_bits(tmp_path):
     assert changed == len(adapter) / 2 > 0
     load_model(run / "final", torch.float32, "cpu")
 
-    shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoint-4")
-    shutil.rmtree(again / "final")
-    assert train_cls.main(["--output_dir", str(again), "--resume_from_checkpoint", "auto"]) == 0
-    for name in (f"final/adapter/{WEIGHTS}", "final/model.safetensors"):
-        one, two = load_file(run / name), load_file(again / name)
-        assert all(torch.equal(one[key], two[key]) for key in one), name
-    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (run, again)]
-    assert lines[0] == lines[1]
+    assert_resumes(run, again, "checkpoint-4", "final")
 
 
 def test_detection_in_four_bits_and_bf16(tmp_path):

@@ -33,7 +33,7 @@ from models.lora import (
     without_adapters,
 )
 from tests.peer import own_hidden, reference_inputs, reference_model
-from tests.runs import CHECKPOINT, SHORT, read_lines, timeless, train
+from tests.runs import CHECKPOINT, SHORT, assert_resumes, read_lines, train
 from tests.test_families import GRIDS, groups_of
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
 
@@ -178,17 +178,7 @@ def test_a_run_trains_adapters_alone(run):
 
 
 def test_a_run_resumed_is_the_run_that_was_never_stopped(run, tmp_path):
-    again = tmp_path / "run"
-    shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoint-4")
-    shutil.rmtree(again / "final")
-    options = ["--output_dir", str(again), "--resume_from_checkpoint", "auto"]
-    assert train_cls.main(options) == 0
-    for name in (f"final/adapter/{WEIGHTS}", "final/model.safetensors"):
-        one, two = load_file(run / name), load_file(again / name)
-        assert all(torch.equal(one[key], two[key]) for key in one), name
-    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (run, again)]
-    assert lines[0] == lines[1]
+    assert_resumes(run, tmp_path / "run", "checkpoint-4", "final")
 
 
 def test_peft_loads_our_adapter_and_final_is_merged(run):

@@ -42,7 +42,16 @@ CASES = {
     "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
     "moments in 8 bits": ["--optim", "adamw_8bit"],
     "moments in bf16": ["--optim", "adamw_anyprecision", "--num_iterations", "2"],
-    "weights in bf16": ["--optim", "adamw_8bit", "--bf16", "true", "--max_steps", "1"],
+    "weights in bf16": [
+        "--optim",
+        "adamw_8bit",
+        "--bf16",
+        "true",
+        "--max_steps",
+        "1",
+        "--save_steps",
+        "1",
+    ],
     "layers stay whole": ["--reshard_after_forward", "false"],
     "copies": ["--shard_size", "1", "--save_steps", "3"],
 }
@@ -165,6 +174,24 @@ def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):
     by_two = ["ranks/load_imbalance" in line for line in steps]
     assert by_two == [False] * 3 + [True] * 2 + [False] * 2
     compare(folder / "whole", run, "resumed")
+
+
+def test_vectors_of_a_sharded_bf16_model_are_trained_in_float32(two, tmp_path):
+    """FSDP2 hands their gradients on: the checkpoint's masters are those of one rank."""
+    name = "weights in bf16"
+    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *CASES[name]]) == 0
+    runs = [tmp_path / "alone", two[0] / name]
+    one, other = (load_file(run / "checkpoint-1" / "model.safetensors") for run in runs)
+    vectors = [key for key, weight in one.items() if weight.ndim == 1]
+    for weights in (one, other):
+        others = [weight for key, weight in weights.items() if key not in vectors]
+        assert vectors and all(weight.dtype == torch.bfloat16 for weight in others)
+    start = load_file(CHECKPOINT / "model.safetensors")
+    for key in vectors:
+        moved = (one[key] - start[key].to(torch.bfloat16).float()).abs().mean()
+        assert one[key].dtype == other[key].dtype == torch.float32 and moved > 1e-4, key
+        # the first update goes by signs, and those of the smallest gradients are rounding
+        assert (one[key] - other[key]).abs().mean() < 0.2 * moved, key
 
 
 def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
