@@ -32,6 +32,7 @@ def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
 
 
 SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+ONE_STEP = ["--max_steps", "1", "--save_steps", "1", "--warmup_ratio", "0"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
     "two updates, many packs": ["--num_iterations", "2", "--tokens_per_pack", "120"],
@@ -42,16 +43,7 @@ CASES = {
     "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
     "moments in 8 bits": ["--optim", "adamw_8bit"],
     "moments in bf16": ["--optim", "adamw_anyprecision", "--num_iterations", "2"],
-    "weights in bf16": [
-        "--optim",
-        "adamw_8bit",
-        "--bf16",
-        "true",
-        "--max_steps",
-        "1",
-        "--save_steps",
-        "1",
-    ],
+    "weights in bf16": ["--optim", "adamw_8bit", "--bf16", "true", *ONE_STEP],
     "layers stay whole": ["--reshard_after_forward", "false"],
     "copies": ["--shard_size", "1", "--save_steps", "3"],
 }
