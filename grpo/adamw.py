@@ -14,6 +14,7 @@ float32 masters and moments 12.
 
 import functools
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +109,14 @@ def zeros_beside(
 ) -> Tensor:
     """Zeros (rows of `weight`, columns), sharded as it is, else on `device` (None: its own)."""
     local = local_rows(weight.detach())[0]
-    zeros = torch.zeros(len(local), columns, dtype=dtype, device=device or local.device)
+    device = device or local.device
     if not isinstance(weight, DTensor):
-        return zeros
+        return torch.zeros(len(local), columns, dtype=dtype, device=device)
+    # on meta first: `from_local` moves what is not on the mesh's device, as with --cpu_offload
+    part = torch.empty(len(local), columns, dtype=dtype, device="meta")
     place, shape = (weight.device_mesh, weight.placements), torch.Size((len(weight), columns))
-    return DTensor.from_local(zeros, *place, run_check=False, shape=shape, stride=(columns, 1))
+    whole = DTensor.from_local(part, *place, run_check=False, shape=shape, stride=(columns, 1))
+    return torch.zeros_like(whole, device=device)
 
 
 class Noise:
@@ -167,7 +171,7 @@ class LightAdamW:
         self.weights, self.weight_decay, self.seed = weights, weight_decay, seed
         kind = MOMENTS[optim]
         self.state = {
-            name: [kind(w, w[0].numel(), signed, device) for signed in (True, False)]
+            name: [kind(w, math.prod(w.shape[1:]), signed, device) for signed in (True, False)]
             for name, w in weights.items()
         }
 

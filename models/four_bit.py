@@ -37,23 +37,19 @@ class FourBitLinear(nn.Linear):
     def pack(self, weight: Tensor) -> None:
         """Takes over a weight (out, in), on the device and in the dtype to compute in.
 
-        packed: 8 bits for two numbers; scales: bitsandbytes' QuantState.
+        packed: 8 bits for two numbers; scales: bitsandbytes' QuantState; bits: a sum over the bits
+        of the weight as it came.
         """
+        self.bits = int(weight.view(torch.uint8).sum(dtype=torch.int64))
         options = {"quant_type": "nf4", "compress_statistics": True}
         self.packed, self.scales = library().quantize_4bit(weight, **options)
-
-    def parts(self) -> list[Tensor]:
-        """All tensors that the weight is made of: codes, their scales, and the scales of those."""
-        state = self.scales
-        return [self.packed, state.absmax, state.state2.absmax, state.offset.view(1)]
 
     def unpacked(self) -> Tensor:
         """The weight (out, in), in the dtype that it was packed from."""
         return library().dequantize_4bit(self.packed, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = _Product.apply(x, self)
-        return product if self.bias is None else product + self.bias
+        return _Product.apply(x, self)
 
 
 def use_four_bits(decoder: nn.Module) -> None:
@@ -72,12 +68,12 @@ def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T without keeping the unpacked W for the backward pass."""
+    """x W^T + b, b frozen, without keeping the unpacked W for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: FourBitLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.unpacked())
+        return F.linear(x, layer.unpacked(), layer.bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

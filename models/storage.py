@@ -40,6 +40,8 @@ def joined(linears: Sequence[nn.Linear]) -> Tensor:
     """The weights of these layers as one (rows, features): their common block if `allocate` laid
     them out so, else a copy; of weights in 4 bits a copy that is unpacked."""
     if isinstance(linears[0], FourBitLinear):
+        if len(linears) == 1:
+            return linears[0].unpacked()
         rows, like = [linear.out_features for linear in linears], linears[0].scales
         block = torch.empty(
             sum(rows), linears[0].in_features, dtype=like.dtype, device=like.absmax.device

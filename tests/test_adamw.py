@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  the "fake" backend
 
 import grpo.adamw
 import train_cls
@@ -60,8 +63,15 @@ def updates(model: nn.Module, optimizer: Optimizer, count: int, rate: float = 1e
     return norms
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 0.05), (torch.bfloat16, 0.15)])
-@pytest.mark.parametrize("optim", MOMENTS)
+@pytest.mark.parametrize(
+    "optim, dtype, most",
+    [
+        ("adamw_anyprecision", torch.float32, 0.01),
+        ("adamw_8bit", torch.float32, 0.03),
+        ("adamw_anyprecision", torch.bfloat16, 0.15),  # the weights' own rounding
+        ("adamw_8bit", torch.bfloat16, 0.15),
+    ],
+)
 def test_it_goes_where_adamw_goes(optim, dtype, most):
     start, full, light = Small(torch.float32), Small(torch.float32), Small(dtype)
     with torch.no_grad():
@@ -205,11 +215,10 @@ def test_random_bits_are_splitmix64s():
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_what_is_beside_the_model_may_lie_on_another_device(optim):
-    """--cpu_offload on one GPU. "cpu:0" counts as another device than "cpu": the numbers are the
-    same, and masters, moments and summed gradients are there."""
-    elsewhere, found = torch.device("cpu:0"), []
-    for device in (None, elsewhere):
+def test_masters_beside_the_model_compute_the_same(optim):
+    """--cpu_offload on one GPU. Here "cpu:0" counts as another device than "cpu"."""
+    found = []
+    for device in (None, torch.device("cpu:0")):
         model = tiny_model(tiny_config(), torch.float32)
         optimizer = Optimizer(model, 0.1, optim=optim, device=device)
         updates(model, optimizer, 2)
@@ -218,6 +227,29 @@ def test_what_is_beside_the_model_may_lie_on_another_device(optim):
     own = optimizer.light.weights if optimizer.light else {}
     beside = [m for name, m in optimizer.masters.items() if name not in own]
     assert beside and not any(m is p for m in beside for p in model.parameters())
+
+
+@pytest.mark.parametrize("optim", MOMENTS)
+def test_moments_lie_where_they_are_wanted(optim):
+    """Of a plain weight and of a sharded one, whose mesh is elsewhere (one rank by itself)."""
+    model, meta = Small(torch.bfloat16), torch.device("meta")
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    assert all(t.is_meta for t in LightAdamW(matrices, optim, 0.0, 0, meta).tensors().values())
+    torch.distributed.init_process_group("fake", rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        sharded = {
+            name: nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+            for name, p in matrices.items()
+        }
+        for device in (None, meta):
+            for name, tensor in LightAdamW(sharded, optim, 0.0, 0, device).tensors().items():
+                weight = sharded[name.split(".")[1]]
+                assert tensor.to_local().is_meta == (device is meta)
+                assert len(tensor) == len(weight) and tensor.placements == weight.placements
+                assert len(tensor.to_local()) == len(weight.to_local())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_that_is_kept_on_the_cpu_comes_and_goes():

@@ -1,10 +1,11 @@
 """A frozen base in 4 bits: against bitsandbytes' own layer, and in runs."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_cls
@@ -51,7 +52,9 @@ def test_a_layer_is_that_of_bitsandbytes(dtype):
     for layer, x in ((ours, one), (peer, two)):
         layer(x).square().sum().backward()
     torch.testing.assert_close(one.grad, two.grad, **loose)
-    bytes_ = sum(part.numel() * part.itemsize for part in ours.parts())
+    state = ours.scales
+    parts = [ours.packed, state.absmax, state.state2.absmax]
+    bytes_ = sum(part.numel() * part.itemsize for part in parts)
     assert bytes_ == pytest.approx(BYTES * 1024 * 768, rel=0.01)
     assert ours.weight is None and list(ours.parameters()) == [linear.bias]
 
@@ -127,12 +130,24 @@ def test_a_changed_weight_changes_the_checksum(tmp_path):
     """As when a run is resumed over another base."""
     model, _ = quantized(tmp_path, "qwen2_vl")
     before = checksum(model, ALONE)
-    for part in model.model.layers[2].mlp.up_proj.parts():  # the same codes at another scale, too
-        kept = part.clone()
-        part[0] += 1
-        assert checksum(model, ALONE) != before
-        part.copy_(kept)
-    assert checksum(model, ALONE) == before
+    model.model.layers[2].mlp.up_proj.packed[3] += 1
+    assert checksum(model, ALONE) != before
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] *= 2  # the same codes at another scale
+    save_file(weights, tmp_path / "model.safetensors")
+    other = allocate(empty_model(tmp_path, four_bit=True), torch.float32, "cpu")
+    load_weights(other, tmp_path)
+    assert checksum(other, ALONE) != before
+
+
+def test_no_unpacked_weight_outlives_its_product():
+    layer = FourBitLinear(256, 128, bias=False)
+    layer.pack(torch.randn(128, 256))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = layer(torch.randn(3, 256).requires_grad_())
+    assert (128, 256) not in kept and (256, 128) not in kept
+    out.sum().backward()
 
 
 def test_the_flag_reaches_the_model():
@@ -175,6 +190,28 @@ def test_a_run_in_four_bits(tmp_path):
     load_model(run / "final", torch.float32, "cpu")
 
     assert_resumes(run, again, "checkpoint-4", "final")
+
+
+def test_a_base_that_is_gone_at_the_end_loses_no_training(tmp_path, monkeypatch):
+    """final/ needs its weights again. The adapter is in a checkpoint, and final/ can be made up."""
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    weights, save = base / "model.safetensors", train_cls.Run.finish
+
+    def without(run):
+        weights.rename(base / "away")
+        save(run)
+
+    argv = ["--config", str(train_cls.DEMO), "--model_name_or_path", str(base), *LORA]
+    argv += ["--max_steps", "1", "--save_steps", "0", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cls.Run, "finish", without)
+        with pytest.raises(ValueError, match="final could not be written: .*neither model.safe"):
+            train_cls.main(argv)
+    assert not (tmp_path / "run" / "final").exists()
+    (base / "away").rename(weights)
+    assert train_cls.main([*argv, "--resume_from_checkpoint", "auto"]) == 0
+    assert load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
 
 
 def test_detection_in_four_bits_and_bf16(tmp_path):

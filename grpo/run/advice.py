@@ -7,22 +7,24 @@ import torch
 
 USABLE = 15 / 16  # the rest is CUDA's own and what the allocator cannot use: 22.5 of 24 GB
 
+# With adapters these have no effect, and are refused.
+LORA = {"use_peft": True, "optim": "adamw_torch", "cpu_offload": False, "freeze_vision": False}
 # What lowers the peak, the least loss of speed first, and what it costs.
 CHANGES = (
-    ("tokens_per_pack", 8192, "shorter passes, more of them"),
-    ("tokens_per_pack", 4096, "shorter passes, more of them"),
-    ("freeze_vision", True, "the vision tower stays as it is; faster"),
-    ("optim", "adamw_8bit", "no float32 masters, moments in 8 bits; weights rounded by chance"),
-    ("cpu_offload", True, "masters, moments, reference in the CPU's memory; slower"),
-    ("use_peft", True, "only adapters are trained (LoRA), at a higher --learning_rate"),
-    ("beta", 0.0, "no KL term, no reference"),
-    ("gradient_checkpointing", True, "a third more time"),
-    ("reshard_after_forward", True, "more traffic between GPUs"),
-    ("tokens_per_pack", 2048, "shorter passes, more of them"),
-    ("prompts_per_step", 4, "fewer prompts a step"),
-    ("load_in_4bit", True, "with --use_peft: frozen weights in 4 bits; decoding is slower"),
+    ({"tokens_per_pack": 8192}, "shorter passes, more of them"),
+    ({"tokens_per_pack": 4096}, "shorter passes, more of them"),
+    ({"freeze_vision": True}, "the vision tower stays as it is; faster"),
+    ({"optim": "adamw_8bit"}, "no float32 masters, moments in 8 bits; weights rounded by chance"),
+    ({"cpu_offload": True}, "masters, moments, reference in the CPU's memory; slower"),
+    (LORA, "only adapters are trained (LoRA), at a higher --learning_rate"),
+    ({"beta": 0.0}, "no KL term, no reference"),
+    ({"gradient_checkpointing": True}, "a third more time"),
+    ({"reshard_after_forward": True}, "more traffic between GPUs"),
+    ({"tokens_per_pack": 2048}, "shorter passes, more of them"),
+    ({"prompts_per_step": 4}, "fewer prompts a step"),
+    (LORA | {"load_in_4bit": True}, "LoRA beside frozen weights in 4 bits; slower decoding"),
 )
-WITHOUT_PEFT = {"freeze_vision", "beta", "optim", "cpu_offload"}
+WITH_PEFT = ("tokens_per_pack", "gradient_checkpointing", "prompts_per_step", "load_in_4bit")
 
 
 def gpu_gb(config, device: torch.device) -> float | None:
@@ -37,22 +39,27 @@ def gpu_gb(config, device: torch.device) -> float | None:
 def changes(config, world: int) -> list[tuple[dict, str, str]]:
     """(change of the config, as flags, what it costs) of all that may lower the peak here."""
     found = []
-    for name, value, cost in CHANGES:
-        now = getattr(config, name)
+    for change, cost in CHANGES:
+        change = {name: value for name, value in change.items() if getattr(config, name) != value}
+        smaller = all(getattr(config, n) > v for n, v in change.items() if type(v) in (int, float))
+        with_peft = not config.use_peft or all(name in WITH_PEFT for name in change)
         sharded = world > 1 and not config.use_peft
-        no_effect = config.use_peft and name in WITHOUT_PEFT | {"use_peft"}
-        no_effect |= name == "reshard_after_forward" and not sharded
-        no_effect |= name == "load_in_4bit" and not config.use_peft
-        if name == "optim":
-            changes_it = now == "adamw_torch"
-        else:
-            changes_it = now is False if isinstance(value, bool) else now > value
-        if no_effect or not changes_it:
-            continue
-        flag = f"--{name}" if value is True and name != "gradient_checkpointing" else ""
-        shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
-        found.append(({name: value}, flag or f"--{name} {shown}", cost))
+        if change and smaller and with_peft and (sharded or "reshard_after_forward" not in change):
+            found.append((change, as_flags(change), cost))
     return found
+
+
+def as_flags(change: dict) -> str:
+    """`--name value` of each change; what goes back to its default is to be left out."""
+    flags, left_out = [], []
+    for name, value in change.items():
+        if "use_peft" in change and LORA.get(name, True) is not True:
+            left_out.append(f"--{name}")
+        elif value is True:
+            flags.append(f"--{name}" + " true" * (name == "gradient_checkpointing"))
+        else:
+            flags.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")
+    return " ".join(flags) + f" (without {', '.join(left_out)})" * bool(left_out)
 
 
 def advise(config, world: int, peak: Callable, gb: float) -> list[str]:
@@ -98,22 +105,18 @@ def applied(config, chosen: list):
 
 def fitting(config, world: int, peak: Callable, usable: float) -> list:
     """The first changes, in order, that make the run fit together, without those that turn out not
-    to be needed, each flag changed as little as will do; empty if all of them do not."""
+    to be needed; empty if all of them do not."""
     chosen = []
     for one in changes(config, world):
-        if "use_peft" in one[0]:  # these have no effect with it
-            chosen = [other for other in chosen if not other[0].keys() & WITHOUT_PEFT]
+        if "use_peft" in one[0]:  # in the place of all that has no effect with it
+            chosen = [other for other in chosen if other[0].keys() <= set(WITH_PEFT)]
         chosen.append(one)
         if peak(applied(config, chosen), world) <= usable:
             break
     else:
         return []
-    for one in list(chosen):
+    for one in reversed(list(chosen)):  # the dearest first
         rest = [other for other in chosen if other is not one]
         if rest and peak(applied(config, rest), world) <= usable:
             chosen = rest
-    for one in changes(config, world):  # a smaller change of the same flag may do
-        same = [one if one[0].keys() == other[0].keys() else other for other in chosen]
-        if one not in chosen and same != chosen and peak(applied(config, same), world) <= usable:
-            return same
     return chosen
