@@ -163,7 +163,7 @@ def test_the_plan_says_which_flags_make_a_model_fit():
         "fits      19.3 of the 22.5 GB that are usable of 24"
     ]
     assert advice("Qwen2-VL 2B", 48)[1] == "it fits with --freeze_vision: 37.3 GB"
-    assert advice("Qwen2.5-VL 72B", 80)[1].startswith("no flag makes it fit")
+    assert advice("Qwen2.5-VL 72B", 24)[1].startswith("no flag makes it fit")
     lines, _ = advice("Qwen2.5-VL 7B", 10, use_peft=True, tokens_per_pack=2048)
     assert not any("--beta" in line or "--freeze" in line for line in lines), "no effect there"
     lines, last = advice("Qwen2.5-VL 7B", 24, world=2)
