@@ -11,7 +11,7 @@ published config.json files, as far as a shape depends on them.
 import torch
 
 from grpo.run.config import TrainingConfig
-from grpo.run.plan import estimate_memory
+from grpo.run.memory import estimate_memory
 from models.config import QwenVLConfig
 from models.families import parse_config
 from models.qwen_vl import QwenVL

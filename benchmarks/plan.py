@@ -25,10 +25,10 @@ import train_cls  # noqa: E402
 from benchmarks.material import make_checkpoint, make_images  # noqa: E402
 from benchmarks.step import endless_and_by_chance  # noqa: E402
 from grpo.run.flags import parse_config  # noqa: E402
-from grpo.run.plan import estimate_memory  # noqa: E402
+from grpo.run.memory import estimate_memory  # noqa: E402
 from models.load import check_checkpoint  # noqa: E402
 
-PACKS = "--tokens_per_pack 1100"  # then each of the four groups is a pack of its own, or two are
+PACKS = "--tokens_per_pack 1140"  # then two of the four groups are a pack
 CASES = {
     "plain": "",
     "no checkpointing": "--gradient_checkpointing false",

@@ -191,22 +191,26 @@ class LightAdamW:
         update: its number, from 1 on; it decides the random numbers.
         """
         for name, weight in self.weights.items():
-            w, g = (local_rows(t.detach())[0].flatten(1) for t in (weight, weight.grad))
-            m, v = self.state[name]
-            first, columns = local_rows(weight.detach())[1], w.shape[1]
-            at_once = max(1, NUMBERS // columns)
-            for start in range(0, len(w), at_once):
-                rows = slice(start, min(start + at_once, len(w)))
-                count = (rows.stop - start) * columns
-                key = f"{self.seed}/{update}/{name}"
-                noise = Noise(key, (first + start) * columns, count, w.device)
-                gradient = g[rows].float() * scale
-                mean = m.load(rows, w.device).lerp_(gradient, 1 - BETA1)
-                square = v.load(rows, w.device).mul_(BETA2)
-                square.addcmul_(gradient, gradient, value=1 - BETA2)
-                m.store(rows, mean, noise)
-                v.store(rows, square, noise)
-                size = square.div_(1 - BETA2**update).sqrt_().add_(EPS)
-                move = mean.div_(1 - BETA1**update).div_(size).clamp_(-LARGEST, LARGEST)
-                moved = w[rows].float().mul_(1 - rate * self.weight_decay).sub_(move, alpha=rate)
-                w[rows] = noise.rounded(moved, w.dtype)
+            rows = local_rows(weight.detach())[0].flatten(1).shape
+            at_once = max(1, NUMBERS // rows[1])
+            for start in range(0, rows[0], at_once):
+                part = slice(start, min(start + at_once, rows[0]))
+                self._update(name, part, rate, update, scale)
+
+    def _update(self, name: str, rows: slice, rate: float, update: int, scale: float) -> None:
+        """`step` of some rows of a weight's own shard."""
+        weight, (m, v) = self.weights[name], self.state[name]
+        w, g = (local_rows(t.detach())[0].flatten(1) for t in (weight, weight.grad))
+        first, columns = local_rows(weight.detach())[1], w.shape[1]
+        key, count = f"{self.seed}/{update}/{name}", (rows.stop - rows.start) * columns
+        noise = Noise(key, (first + rows.start) * columns, count, w.device)
+        gradient = g[rows].float() * scale
+        mean = m.load(rows, w.device).lerp_(gradient, 1 - BETA1)
+        square = v.load(rows, w.device).mul_(BETA2)
+        square.addcmul_(gradient, gradient, value=1 - BETA2)
+        m.store(rows, mean, noise)
+        v.store(rows, square, noise)
+        size = square.div_(1 - BETA2**update).sqrt_().add_(EPS)
+        move = mean.div_(1 - BETA1**update).div_(size).clamp_(-LARGEST, LARGEST)
+        moved = w[rows].float().mul_(1 - rate * self.weight_decay).sub_(move, alpha=rate)
+        w[rows] = noise.rounded(moved, w.dtype)

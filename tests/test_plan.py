@@ -13,7 +13,7 @@ from grpo.pack import make_packs
 from grpo.rollout import Group
 from grpo.run.advice import advise
 from grpo.run.config import TrainingConfig
-from grpo.run.plan import (
+from grpo.run.memory import (
     decoder_layer_parameters,
     estimate_memory,
     peak_gb,
@@ -150,19 +150,19 @@ def advice(name: str, gb: float, world: int = 1, **flags) -> tuple[list[str], st
 
 def test_the_plan_says_which_flags_make_a_model_fit():
     lines, last = advice("Qwen2.5-VL 7B", 24)
-    assert lines[0].startswith("too much  179.6 GB, and 22.5 are usable of 24.")
-    assert last == "it fits with --tokens_per_pack 8192 --use_peft: 21.1 GB"
+    assert lines[0].startswith("too much  176.2 GB, and 22.5 are usable of 24.")
+    assert last == "it fits with --tokens_per_pack 8192 --use_peft: 21.4 GB"
     assert sum("--freeze_vision" in line for line in lines) == 1
     small = advice("Qwen2-VL 2B", 24)[1]
-    assert small == "it fits with --tokens_per_pack 8192 --optim adamw_8bit: 22.4 GB"
+    assert small == "it fits with --tokens_per_pack 8192 --optim adamw_8bit: 21.2 GB"
     last = advice("Qwen2.5-VL 7B", 16)[1]
-    assert last == "it fits with --tokens_per_pack 8192 --use_peft --load_in_4bit: 11.5 GB"
+    assert last == "it fits with --tokens_per_pack 8192 --use_peft --load_in_4bit: 11.9 GB"
     last = advice("Qwen2.5-VL 7B", 24, optim="adamw_8bit", cpu_offload=True)[1]
-    assert "--use_peft (without --optim, --cpu_offload): 21.1 GB" in last
+    assert "--use_peft (without --optim, --cpu_offload): 21.4 GB" in last
     assert advice("Qwen2.5-VL 7B", 24, use_peft=True, tokens_per_pack=4096)[0] == [
-        "fits      19.3 of the 22.5 GB that are usable of 24"
+        "fits      19.4 of the 22.5 GB that are usable of 24"
     ]
-    assert advice("Qwen2-VL 2B", 48)[1] == "it fits with --freeze_vision: 37.3 GB"
+    assert advice("Qwen2-VL 2B", 48)[1] == "it fits with --freeze_vision: 35.9 GB"
     assert advice("Qwen2.5-VL 72B", 24)[1].startswith("no flag makes it fit")
     lines, _ = advice("Qwen2.5-VL 7B", 10, use_peft=True, tokens_per_pack=2048)
     assert not any("--beta" in line or "--freeze" in line for line in lines), "no effect there"
@@ -239,5 +239,5 @@ def test_what_flags_save_is_what_they_take_away(flags, without):
     if "cpu_offload" in flags:
         without += 4 * 2.209  # float32 gradients
     else:
-        without -= 40 * 2**23 / 1e9  # rows that are worked on at once
+        without -= 36 * 2**23 / 1e9  # rows that are worked on at once
     assert saved == pytest.approx(without, rel=1e-3)
