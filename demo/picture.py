@@ -16,7 +16,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from data.images import open_image
-from data.virft import load
+from data.load import load
 from rewards.boxes import parse_boxes, read_boxes, solution_kind
 from rewards.coco import category
 

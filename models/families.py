@@ -12,7 +12,7 @@ REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the
 
 
 def family_of(config: QwenVLConfig) -> ModuleType:
-    """The file with this model's `read`, `write`, `VisionTower` and `ANSWERS_IN`."""
+    """The file with this model's `read`, `write`, `VisionTower` and what it was taught."""
     return FAMILIES[config.family]
 
 

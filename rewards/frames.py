@@ -54,10 +54,20 @@ class Frames:
         return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
 
 
-def choose_frames(config, solutions: Iterable[str], processor) -> Frames:
+def choose_frames(config, rows, processor) -> Frames:
     """By --data_frame and --box_frame. Where they say auto, solutions count what they look like,
-    and answers what the solutions do: that is what a data set's own prompts ask for."""
-    data = guess_frame(solutions) if config.data_frame == "auto" else config.data_frame
+    and answers what the solutions do: that is what a data set's own prompts ask for.
+
+    Prompts that are made here ask for the frame that rows.asks_in names, and solutions then count
+    pixels. Raises ValueError if --data_frame says otherwise.
+    """
+    if rows.asks_in:
+        if config.data_frame not in ("auto", "pixels"):
+            raise ValueError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
+        return Frames("pixels", rows.asks_in, processor.answers_in, processor.resized)
+    data = config.data_frame
+    if data == "auto":
+        data = guess_frame(row.solution for row in rows.sound)
     answers = data if config.box_frame == "auto" else config.box_frame
     return Frames(data, answers, processor.answers_in, processor.resized)
 

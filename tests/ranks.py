@@ -17,7 +17,7 @@ import torch
 import grpo.ranks
 import models.load
 import train_cls
-from data.virft import load
+from data.load import load
 from grpo.logps import pack_chunks
 from grpo.optimizer import Optimizer
 from grpo.pack import filler, make_packs

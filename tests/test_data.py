@@ -15,8 +15,8 @@ from data import scenes
 from data.check import cache_file, check_images, check_rows, refuse
 from data.flowers import SPECIES, draw, rows, thinking
 from data.images import open_image
+from data.load import load, splits
 from data.stream import PromptStream
-from data.virft import load, splits
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = {"problem": "What is it?", "solution": "<answer>rose</answer>"}

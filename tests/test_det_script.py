@@ -8,7 +8,7 @@ from PIL import Image
 
 import train_det
 from data.flowers import rows
-from data.virft import load
+from data.load import load
 from models.processor import Processor
 from rewards.boxes import read_boxes
 from rewards.coco import average_precision

@@ -16,7 +16,7 @@ from benchmarks.step import random_reward
 from data.flowers import PROBLEM
 from data.flowers import rows as flowers
 from data.images import open_image
-from data.virft import load
+from data.load import load
 from models.families import FAMILIES
 from models.load import read_config
 from models.processor import Processor, qwen_vl_utils

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import train_det
+from data.load import load
 from data.scenes import rows as scenes
-from data.virft import load
 from models.processor import Processor
 from rewards.boxes import read_boxes, read_grounding
 from rewards.coco import average_precision

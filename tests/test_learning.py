@@ -9,7 +9,7 @@ import pytest
 import train_cls
 import train_det
 from data.flowers import SPECIES
-from data.virft import load
+from data.load import load
 from rewards.cls import accuracy_reward
 from rewards.det import iou_reward
 from tests.runs import read_lines, read_steps, train

@@ -24,6 +24,9 @@ from models.load import MAX_FILE_BYTES
 from models.lora import LoRALinear, check_fit
 from models.qwen_vl import QwenVL
 
+LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
+EVAL_BATCH = 32  # prompts that an evaluation takes at once
+
 
 def peak_gb(config: TrainingConfig, *facts) -> float:
     """The largest phase's GB on a rank. facts: as for `estimate_memory`."""
@@ -48,6 +51,8 @@ def estimate_memory(
     """
     size, vision = (2 if bf16 else 4), model.vision
     adapters, merged = adapter_parameters(config, model)
+    if config.eval_only:
+        return evaluation_memory(config, model, parameters + adapters, longest_prompt, size, device)
     frozen = vision_parameters * vision_is_frozen(config)  # no part of the reference either
     trained = adapters or parameters - frozen
     parameters += adapters
@@ -64,7 +69,7 @@ def estimate_memory(
     light = config.optim in MOMENT_BYTES
     gradients = trained * (size if light else 4) / share
     root, at_once = root_and_layer(model, parameters)
-    fixed = {"libraries": 0.42e9 if device == "cpu" else 0}  # torch, transformers, the tokenizer
+    fixed = {"libraries": LIBRARIES * (device == "cpu")}
     packed = decoder_matrices(model) * config.load_in_4bit
     padding = block_padding(model) * (config.optim == "adamw_8bit")
     fixed |= what_stays(config, parameters, trained, size, whole, share, packed, padding)
@@ -125,6 +130,28 @@ def estimate_memory(
         phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
         for phase, parts in phases.items()
     }
+
+
+def evaluation_memory(
+    config: TrainingConfig,
+    model: QwenVLConfig,
+    parameters: int,
+    longest_prompt: int,
+    size: int,
+    device: str,
+) -> dict[str, dict[str, float]]:
+    """`estimate_memory` of --eval_only: the whole model on each rank, and one batch of prompts."""
+    packed = decoder_matrices(model) * config.load_in_4bit
+    group = max(1, config.eval_samples_per_prompt)
+    some = replace(config, num_generations=group)
+    images, cache = rollout_numbers(some, model, EVAL_BATCH, longest_prompt)
+    logits = 2 * EVAL_BATCH * group * model.vocab_size * 4
+    parts = {
+        "libraries": LIBRARIES * (device == "cpu"),
+        "weights": (parameters - packed) * size + packed * FOUR_BIT_BYTES,
+        "images, or cache and logits": max(images * size, cache * size + logits),
+    }
+    return {"evaluation": {name: value / 1e9 for name, value in parts.items()}}
 
 
 def backward_peak(

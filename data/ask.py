@@ -1,0 +1,63 @@
+"""The prompts of data sets that have none: photographs in class folders, label columns, COCO files.
+
+The model's family decides how boxes are asked for: in what coordinates, and in what form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LISTED = 50  # classes that fit a prompt
+
+CLASS = (
+    "What does this image show? {choice}First think, between <think> and </think>. Then give the "
+    "answer alone, between <answer> and </answer>."
+)
+BOXES = (
+    "Find every object of the category '{category}' in this image. Give the corners x1, y1, x2, y2 "
+    "of each one's box in {coordinates}, and your confidence from 0 to 1. First think, between "
+    "<think> and </think>. Then give the list alone, between <answer> and </answer>:\n"
+    "<think>...</think><answer>{example}</answer>\n"
+    "If there is none, answer <answer>No Objects</answer>."
+)
+COORDINATES = {
+    "thousandths": "thousandths of the image, from 0 to 1000",
+    "pixels": "pixels of the image as it was taken",
+    "resized": "pixels",
+}
+EXAMPLES = {
+    "Position": "[{'Position': [x1, y1, x2, y2], 'Confidence': 0.9}, ...]",
+    "bbox_2d": '[{"bbox_2d": [x1, y1, x2, y2], "label": "{category}", "confidence": 0.9}, ...]',
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How prompts are worded.
+
+    template: replaces the wording; {classes} in it becomes the list of classes, {category} what to
+    find, {coordinates} what a box's numbers count. frame: a key of COORDINATES. form: of EXAMPLES.
+    absent_share: of the rows that ask for a category which the image does not show.
+    """
+
+    template: str | None = None
+    frame: str = "thousandths"
+    form: str = "Position"
+    absent_share: float = 0.0
+
+    def class_problem(self, classes: Sequence[str]) -> str:
+        """Which of the classes does the image show? Few classes are listed, many are not."""
+        names = ", ".join(classes)
+        if self.template is not None:
+            return self.template.replace("{classes}", names)
+        choice = f"Choose one of: {names}. " if len(classes) <= LISTED else ""
+        return CLASS.replace("{choice}", choice)
+
+    def boxes_problem(self, category: str) -> str:
+        """Where in the image are objects of the category? Raises ValueError for a template that
+        does not name it."""
+        if self.template is not None and "{category}" not in self.template:
+            raise ValueError("--prompt_template: without {category} it does not say what to find")
+        text = BOXES if self.template is None else self.template
+        text = text.replace("{example}", EXAMPLES[self.form])
+        text = text.replace("{coordinates}", COORDINATES[self.frame])
+        return text.replace("{category}", category)

@@ -1,0 +1,104 @@
+"""Conversations, as LLaMA-Factory, ms-swift and VLM-R1 write them: a question and its answer.
+
+A row has `messages` (role, content) or `conversations` (from, value), and its images in a column or
+among the parts of a message. The last answer is the solution, unless a column `solution` holds it.
+A system prompt is put in front of the question. Several questions in a row are refused.
+"""
+
+import json
+
+from data.rows import IMAGE_COLUMNS, PLACEHOLDER
+
+COLUMNS = ("messages", "conversations")
+USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt", "model"), ("system",)
+UNREAD = ("videos", "video", "audios", "audio", "tools")
+
+
+def is_chat(columns) -> bool:
+    return "problem" not in columns and bool(set(COLUMNS) & set(columns))
+
+
+def convert(row: dict) -> dict:
+    """A row of a conversation with image, problem and solution; with a `fault` if it has none."""
+    try:
+        return _converted(row)
+    except ValueError as fault:
+        return {"problem": None, "solution": None, "fault": str(fault)}
+
+
+def _converted(row: dict) -> dict:
+    unread = [name for name in UNREAD if row.get(name)]
+    if unread:
+        raise ValueError(f"it has {', '.join(unread)}, which cannot be trained on here")
+    turns = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
+    if isinstance(turns, str):  # some tables hold JSON
+        try:
+            turns = json.loads(turns)
+        except json.JSONDecodeError:
+            raise ValueError(f"its conversation is no list of messages: {turns[:80]!r}") from None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"its conversation is no list of messages: {str(turns)[:80]!r}")
+    images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), [])
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    inside: list = []
+    said = [(_role(turn), _text(turn, inside)) for turn in turns]
+    questions = [text for role, text in said if role == "user"]
+    if len(questions) != 1:
+        raise ValueError(f"it has {len(questions)} questions; one question and its answer is a row")
+    system = "".join(f"{text.strip()}\n\n" for role, text in said if role == "system")
+    answers = [text for role, text in said if role == "assistant"]
+    solution = row.get("solution")
+    if solution is None:
+        if not answers or said[-1][0] != "assistant":
+            raise ValueError("it ends without an answer, and has no column solution")
+        solution = answers[-1]
+    problem = _without_leading(f"{system}{questions[0]}" if system else questions[0])
+    return {"images": images or inside, "problem": problem, "solution": _as_text(solution)}
+
+
+def _role(turn: dict) -> str:
+    role = turn.get("role", turn.get("from"))
+    for name, known in (("user", USER), ("assistant", ASSISTANT), ("system", SYSTEM)):
+        if role in known:
+            return name
+    raise ValueError(f"a message is by {str(role)[:40]!r}; known are user, assistant and system")
+
+
+def _text(turn: dict, images: list) -> str:
+    """What the turn says; images among its parts are added to `images`."""
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(content, list):
+        return _as_text(content)
+    words = []
+    for part in content:
+        if isinstance(part, str):
+            words.append(part)
+        elif not isinstance(part, dict):
+            return _as_text(content)  # four numbers, as VLM-R1's answers are
+        elif part.get("text") is not None:
+            words.append(part["text"])
+        elif part.get("type") in ("image", "image_url"):
+            image = part.get("image", part.get("image_url"))
+            image = image.get("url") if isinstance(image, dict) and "url" in image else image
+            images += [] if image is None else [image]
+            words.append(PLACEHOLDER)
+        elif "bbox_2d" in part or "Position" in part:
+            return _as_text(content)
+        else:
+            raise ValueError(f"a message has a part of type {str(part.get('type'))[:40]!r}")
+    return "".join(words)
+
+
+def _as_text(value) -> str:
+    """Numbers and lists of boxes as JSON; None as nothing."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value)
+
+
+def _without_leading(problem: str) -> str:
+    """The problem without placeholders at its start, where images stand anyway."""
+    text = problem.lstrip()
+    while text.startswith(PLACEHOLDER):
+        text = text.removeprefix(PLACEHOLDER).lstrip()
+    return text if PLACEHOLDER not in text else problem

@@ -1,0 +1,148 @@
+"""Data sets by name: which form is it, which splits are there, which rows are held out.
+
+A name is an embedded demo ("demo:flowers"), a file or folder, or a data set on the hub. The form is
+told by looking: COCO annotations (data/coco.py), tables (data/virft.py), class folders
+(data/folders.py).
+"""
+
+import hashlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+from data import coco, flowers, folders, scenes, virft
+from data.ask import Ask
+from data.rows import Fault, Rows
+
+DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
+AS_TAUGHT = Ask()  # as Qwen2-VL was
+DEMO_ROWS = {"train": 480, "test": 180}
+
+
+def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
+    """The rows of a split; `ask` words the prompts where the data set has none.
+
+    Raises ValueError if the data set or the split does not exist (naming the splits there are),
+    a file cannot be read, a column is missing, or there is no row.
+    """
+    found, path = splits(dataset_name), Path(dataset_name).expanduser()
+    where = f"{dataset_name}, split {split!r}"
+    if split not in found:
+        raise ValueError(
+            f"{dataset_name}: no split {split!r}; there is {', '.join(found) or 'none'} "
+            f"(--dataset_train_split and --dataset_test_split choose)"
+        )
+    try:
+        if dataset_name in DEMOS:
+            rows = _demo(dataset_name, split)
+        elif not _is_local(path):
+            rows = virft.read_hub(dataset_name, split, ask)
+        elif form(path) == "coco":
+            rows = coco.read(coco.find(path)[split], ask)
+        elif form(path) == "folders":
+            parts = folders.find(path)
+            classes = sorted({name for part in parts.values() for name in folders.classes_of(part)})
+            rows = folders.read(parts[split], ask, classes)
+        else:
+            rows = virft.read(path, split, ask)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if dataset_name in text else f"{where}: {text}") from error
+    rows.name = where
+    if not len(rows):
+        raise ValueError(f"{where}: no rows")
+    if ask.template is not None and not rows.worded:
+        raise ValueError(f"--prompt_template has no effect here: {dataset_name} has prompts")
+    return rows
+
+
+def splits(dataset_name: str) -> list[str]:
+    """Names of the splits. Raises ValueError if the data set does not exist."""
+    if dataset_name in DEMOS:
+        return list(DEMO_ROWS)
+    path = Path(dataset_name).expanduser()
+    if not _is_local(path):
+        import datasets
+
+        return virft.on_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
+    finders = {"coco": coco.find, "folders": folders.find, "tables": virft.find}
+    return list(finders[form(path)](path))
+
+
+def form(path: Path) -> str:
+    """ "coco", "folders" or "tables": what a file or folder is."""
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if not saved and coco.find(path):
+        return "coco"
+    if saved or virft.has_tables(path) or not folders.find(path):
+        return "tables"
+    return "folders"
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a name means a file or folder and no data set on the hub, which is "owner/name".
+
+    Raises ValueError for what can only be a path and does not exist.
+    """
+    if path.exists():
+        return True
+    if path.is_absolute() or len(path.parts) > 2 or path.suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"--dataset_name {path}: no such file or folder")
+    return False
+
+
+@cache
+def _demo(dataset_name: str, split: str) -> Rows:
+    rows = DEMOS[dataset_name](split, DEMO_ROWS[split])
+    for row in rows:
+        buffer = BytesIO()
+        row["image"].save(buffer, "PNG")
+        row["image"] = {"bytes": buffer.getvalue()}
+    return Rows(rows, Path())
+
+
+def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """(to train on, held out): of each class, or of all, about `share` of the images.
+
+    Which follows from the images' content alone, so equal images are on one side. A class with one
+    image keeps it to train on.
+    """
+    with ThreadPoolExecutor() as pool:
+        keys = list(pool.map(_keys, (rows[i] for i in range(len(rows)))))
+    classes: dict[str, set] = defaultdict(set)
+    for i in range(len(rows)):
+        one_class = rows.worded and rows.asks_in is None
+        classes[rows[i].solution if one_class else ""] |= set(keys[i])
+    held: set = set()
+    for images in classes.values():
+        order = sorted(images, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+        count = round(share * len(order)) or int(share > 0)
+        held |= set(order[: count if share == 1 else min(count, len(order) - 1)])
+    sides = [[], []]
+    while True:  # a row with one image held out is held out, and so are its other images
+        more = {key for row in keys if held & set(row) for key in row} - held
+        if not more:
+            break
+        held |= more
+    for i, row in enumerate(keys):
+        sides[bool(held & set(row))].append(i)
+    parts = [rows.pick(side) for side in sides]
+    for part, side in zip(parts, sides, strict=True):
+        place = {old: new for new, old in enumerate(side)}
+        part.faults = [
+            Fault(place[f.row], f.where, f.found, f.todo) for f in rows.faults if f.row in place
+        ]
+    parts[0].said = [
+        *rows.said,
+        f"held out are {len(sides[1])} of {len(rows)} rows, chosen by their images (--test_share)",
+    ]
+    return parts[0], parts[1]
+
+
+def _keys(row) -> tuple[str, ...]:
+    try:
+        return row.keys
+    except (ValueError, TypeError):  # a fault of the row, which data/check.py names
+        return (f"row {row.index}",)
