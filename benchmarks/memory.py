@@ -92,7 +92,7 @@ def parameters(config: QwenVLConfig) -> tuple[int, int]:
 def peak(config: QwenVLConfig, world: int, **flags) -> float:
     """The largest phase's GB on each of `world` GPUs."""
     settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **flags)
-    place = (*parameters(config), PROMPT, True, world, "cuda:0")
+    place = (*parameters(config), PROMPT, PROMPT, True, world, "cuda:0")
     return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
 
 

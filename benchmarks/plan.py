@@ -28,7 +28,7 @@ from grpo.run.flags import parse_config  # noqa: E402
 from grpo.run.memory import estimate_memory  # noqa: E402
 from models.load import check_checkpoint  # noqa: E402
 
-PACKS = "--tokens_per_pack 1140"  # then two of the four groups are a pack
+PACKS = "--tokens_per_pack 1136"  # then two of the four groups are a pack
 CASES = {
     "plain": "",
     "no checkpointing": "--gradient_checkpointing false",
@@ -65,12 +65,12 @@ def run(checkpoint: str, images: str, output: str, flags: str) -> None:
 def row(checkpoint: Path, output: Path, flags: str) -> list[str]:
     """Predicted / measured of each phase, of a run that has ended."""
     said = Path(f"{output}.plan").read_text()
-    longest = int(re.search(r"(\d+) in the longest", said)[1])
+    longest, images = map(int, re.search(r"(\d+) in the longest, (\d+) at", said).groups())
     world = int(re.search(r"(\d+) x cuda", said)[1])
     paths = ["--model_name_or_path", str(checkpoint), "--dataset_name", "d"]
     config, _ = parse_config(train_cls.Config, [*STEP.split(), *flags.split(), *paths])
     sizes = check_checkpoint(checkpoint)
-    predicted = estimate_memory(config, *sizes, longest, True, world, "cuda:0")
+    predicted = estimate_memory(config, *sizes, longest, images, True, world, "cuda:0")
     measured = [json.loads(line) for line in (output / "metrics.jsonl").open()][-1]
     cells = []
     for phase in PHASES:

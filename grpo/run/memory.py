@@ -39,6 +39,7 @@ def estimate_memory(
     parameters: int,
     vision_parameters: int,
     longest_prompt: int,
+    image_tokens: int,
     bf16: bool,
     world: int,
     device: str,
@@ -46,13 +47,16 @@ def estimate_memory(
     """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
     parameters: of the complete model, with the vision tower's vision_parameters; one rank holds
-    it, several share it (docs/memory.md derives each part). longest_prompt: tokens; all prompts are
-    taken to be as long, and all of it image, and all completions to be of --max_completion_length.
+    it, several share it (docs/memory.md derives each part). longest_prompt: tokens; image_tokens:
+    those of its images. All prompts are taken to be so, and all completions to be of
+    --max_completion_length.
     """
     size, vision = (2 if bf16 else 4), model.vision
     adapters, merged = adapter_parameters(config, model)
     if config.eval_only:
-        return evaluation_memory(config, model, parameters + adapters, longest_prompt, size, device)
+        return evaluation_memory(
+            config, model, parameters + adapters, (longest_prompt, image_tokens), size, device
+        )
     frozen = vision_parameters * vision_is_frozen(config)  # no part of the reference either
     trained = adapters or parameters - frozen
     parameters += adapters
@@ -61,8 +65,12 @@ def estimate_memory(
     longest = longest_prompt + config.num_generations * config.max_completion_length
     tokens = min(config.tokens_per_pack, prompts * longest)  # of the largest pack
     rows = math.ceil(tokens / longest)
-    at = activation_numbers(config, model, tokens, rows, longest_prompt, device == "cpu")
-    head, chunk = model.vocab_size * model.hidden_size, min(chunk_tokens(model.vocab_size), tokens)
+    at = activation_numbers(
+        config, model, tokens, rows, longest_prompt, image_tokens, device == "cpu"
+    )
+    predicted = rows * config.num_generations * config.max_completion_length
+    chunk = min(chunk_tokens(model.vocab_size), tokens, predicted)
+    head = model.vocab_size * model.hidden_size
     logits = chunk * model.vocab_size * (6 if bf16 else 4)  # in float32, beside a copy in bf16
     whole = world == 1 or adapters > 0  # every rank holds the whole model
     share = 1 if whole else config.shard_size or world  # ranks that hold the model together
@@ -82,7 +90,7 @@ def estimate_memory(
     if config.cpu_offload and not adapters and not (whole and light):
         gradients = 0  # in the CPU's memory; on one rank one after the other
     if vision_is_frozen(config):
-        fixed["image features"] = prompts * longest_prompt * vision.feature_width * size
+        fixed["image features"] = prompts * image_tokens * vision.feature_width * size
     reference = (parameters - frozen) * size / share * (config.beta > 0 and not adapters)
     if reference and not config.cpu_offload:  # with adapters it is the policy without them
         fixed["reference"] = reference
@@ -97,7 +105,7 @@ def estimate_memory(
         earlier=tokens < prompts * longest,
         leaving=(at_once * leaving, root * leaving),
     )
-    images, cache = rollout_numbers(config, model, prompts, longest_prompt)
+    images, cache = rollout_numbers(config, model, prompts, longest_prompt, image_tokens)
     phases = {
         "rollout": {
             "images, or cache and logits": max(
@@ -136,7 +144,7 @@ def evaluation_memory(
     config: TrainingConfig,
     model: QwenVLConfig,
     parameters: int,
-    longest_prompt: int,
+    lengths: tuple[int, int],
     size: int,
     device: str,
 ) -> dict[str, dict[str, float]]:
@@ -144,7 +152,7 @@ def evaluation_memory(
     packed = decoder_matrices(model) * config.load_in_4bit
     group = max(1, config.eval_samples_per_prompt)
     some = replace(config, num_generations=group)
-    images, cache = rollout_numbers(some, model, EVAL_BATCH, longest_prompt)
+    images, cache = rollout_numbers(some, model, EVAL_BATCH, *lengths)
     logits = 2 * EVAL_BATCH * group * model.vocab_size * 4
     parts = {
         "libraries": LIBRARIES * (device == "cpu"),
@@ -231,16 +239,19 @@ def what_stays(
 
 
 def rollout_numbers(
-    config: TrainingConfig, model: QwenVLConfig, prompts: int, longest_prompt: int
+    config: TrainingConfig,
+    model: QwenVLConfig,
+    prompts: int,
+    longest_prompt: int,
+    image_tokens: int,
 ) -> tuple[int, int]:
     """How many numbers a rollout holds besides weights and logits: while it encodes all images, and
     later, the keys and values of all prompts and samples."""
     samples = prompts * config.num_generations
     tokens = prompts * longest_prompt + samples * config.max_completion_length
     kv = model.head_dim * model.num_key_value_heads
-    return encoding_numbers(model, prompts * longest_prompt), tokens * 2 * kv * (
-        model.num_hidden_layers
-    )
+    cache = tokens * 2 * kv * model.num_hidden_layers
+    return encoding_numbers(model, prompts * image_tokens), cache
 
 
 def encoding_numbers(model: QwenVLConfig, image_tokens: int) -> int:
@@ -275,6 +286,7 @@ def activation_numbers(
     tokens: int,
     rows: int,
     longest_prompt: int,
+    image_tokens: int,
     sdpa: bool,
 ) -> Activations:
     """tokens: of the pack, in `rows` rows.
@@ -285,15 +297,15 @@ def activation_numbers(
     layer works on completions alone. A feed-forward's backward pass makes two gradients of its
     inner width, and two of the outer, while nothing of it is free yet.
     """
-    vision, image_tokens = model.vision, rows * longest_prompt
+    vision, image_tokens = model.vision, rows * image_tokens
     patches = image_tokens * vision.spatial_merge_size**2
     width, kv = model.hidden_size, model.head_dim * model.num_key_value_heads
     inner, q = model.intermediate_size, model.head_dim * model.num_attention_heads
     row = longest_prompt + config.max_completion_length
-    gathered = rows * config.num_generations * row * 2 * kv
+    gathered = rows * (longest_prompt + config.num_generations * row) * 2 * kv
     attention = width + 2 * q + (q + kv) * model.qk_norm + sdpa * (q + 2 * kv)
     layer = tokens * (attention + 3 * width + 4 * inner) + gathered
-    last = layer - image_tokens * (3 * width + 4 * inner)
+    last = layer - rows * longest_prompt * (3 * width + 4 * inner)
     backward = tokens * (2 * width + 2 * inner)
 
     encoding = encoding_numbers(model, image_tokens)
@@ -306,12 +318,12 @@ def activation_numbers(
     merger = patches * 4 * mergers * vision.embed_dim
     pixels, stream = patches * vision.patch_dim, patches * vision.embed_dim
     if config.gradient_checkpointing:  # inputs are kept, and one layer or block at a time in full
-        decoder = model.num_hidden_layers * tokens * width
-        tower = pixels + vision.depth * stream
+        decoder = (model.num_hidden_layers + 1) * tokens * width
+        tower = pixels + (vision.depth + 1) * stream
         backward, block_backward = layer + backward, block + block_backward
         first_block = pixels + stream + block_backward
     else:
-        decoder = (model.num_hidden_layers - 1) * layer + last
+        decoder = (model.num_hidden_layers - 1) * layer + last + tokens * width
         tower = pixels + vision.depth * block
         first_block = pixels + block + block_backward
     if vision_is_frozen(config):
