@@ -90,10 +90,10 @@ def main() -> None:
         "--start", default=sys.executable, help="what starts a script on the device"
     )
     parser.add_argument("--out", type=Path, help="keep the runs here, and use those that are there")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        run(*options.run)
+    if options.case:
+        run(*options.case)
     with tempfile.TemporaryDirectory() as temporary:
         out = (options.out or Path(temporary)).resolve()
         images = make_images(out / "images", 8, 448)
@@ -105,7 +105,7 @@ def main() -> None:
                 output = out / f"{size} {name}"
                 if not (output / "final").exists():
                     command = [*options.start.split(), __file__]  # no flag of its own: a space
-                    command += ["--run", out / size, images, output, f" {CASES[name]}"]
+                    command += ["--case", out / size, images, output, f" {CASES[name]}"]
                     command = [str(word) for word in command]
                     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                     if done.returncode:

@@ -67,8 +67,13 @@ def is_coco(file: Path) -> bool:
     return all(isinstance(content.get(part), list) for part in PARTS)
 
 
-@lru_cache(maxsize=4)
 def _content(file: Path) -> dict:
+    found = file.stat()
+    return _parsed(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4)  # large ones take seconds, and are asked for more than once
+def _parsed(file: Path, changed: int, size: int) -> dict:
     return json.loads(file.read_text(encoding="utf-8-sig"))
 
 

@@ -19,6 +19,7 @@ from tests.runs import (
     CHECKPOINT,
     SHARED,
     SHORT,
+    Checked,
     read_steps,
     said,
     save_turned,
@@ -71,7 +72,7 @@ def test_average_precision_in_pixels_and_thousandths(tmp_path):
     config = train_det.Config(dataset_name="d")
     assert train_det.read_task(config, [examples], PROCESSOR, []).frames.answers == "thousandths"
     far = replace(examples[0], solution=examples[0].solution.replace("240", "1240"))
-    assert train_det.read_task(config, [[far]], PROCESSOR, []).frames.answers == "pixels"
+    assert train_det.read_task(config, [Checked([far])], PROCESSOR, []).frames.answers == "pixels"
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

@@ -66,8 +66,8 @@ def test_the_loop_fits_a_screen_or_two():
     last = next(i for i, line in enumerate(lines) if "run.report(" in line)
     assert last - first + 1 <= 90
     assert len(lines) < 120
-    for script in SCRIPTS:  # 14 of train_det.py's are the help of its two flags for frames
-        assert len(inspect.getsource(script).splitlines()) <= 345
+    for script in SCRIPTS:  # 20 of train_det.py's are the help of its flags for frames and COCO
+        assert len(inspect.getsource(script).splitlines()) <= 365
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

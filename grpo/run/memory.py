@@ -7,22 +7,17 @@ account. Fragments of the allocator are not counted.
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from grpo.adamw import BLOCK, MOMENT_BYTES, NUMBERS
+from grpo.adamw import MOMENT_BYTES, NUMBERS
 from grpo.logps import chunk_tokens
-from grpo.run.adapters import lora_of, vision_is_frozen
+from grpo.run.adapters import vision_is_frozen
 from grpo.run.config import TrainingConfig
+from grpo.run.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
 from models.config import QwenVLConfig
-from models.decoder import DecoderLayer
 from models.families import family_of
 from models.four_bit import BYTES as FOUR_BIT_BYTES
 from models.load import MAX_FILE_BYTES
-from models.lora import LoRALinear, check_fit
-from models.qwen_vl import QwenVL
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
 EVAL_BATCH = 32  # prompts that an evaluation takes at once
@@ -47,29 +42,23 @@ def estimate_memory(
     """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
     parameters: of the complete model, with the vision tower's vision_parameters; one rank holds
-    it, several share it (docs/memory.md derives each part). longest_prompt: tokens; image_tokens:
-    those of its images. All prompts are taken to be so, and all completions to be of
-    --max_completion_length.
+    it, several share it. longest_prompt: tokens; image_tokens: those of its images. All prompts are
+    taken to be so, and all completions to be of --max_completion_length.
     """
-    size, vision = (2 if bf16 else 4), model.vision
+    size, lengths = (2 if bf16 else 4), (longest_prompt, image_tokens)
     adapters, merged = adapter_parameters(config, model)
     if config.eval_only:
-        return evaluation_memory(
-            config, model, parameters + adapters, (longest_prompt, image_tokens), size, device
-        )
+        return evaluation_memory(config, model, parameters + adapters, lengths, size, device)
     frozen = vision_parameters * vision_is_frozen(config)  # no part of the reference either
     trained = adapters or parameters - frozen
     parameters += adapters
     prompts = math.ceil(config.prompts_per_step / world)
-    samples = prompts * config.num_generations
     longest = longest_prompt + config.num_generations * config.max_completion_length
     tokens = min(config.tokens_per_pack, prompts * longest)  # of the largest pack
     rows = math.ceil(tokens / longest)
-    at = activation_numbers(
-        config, model, tokens, rows, longest_prompt, image_tokens, device == "cpu"
-    )
-    predicted = rows * config.num_generations * config.max_completion_length
-    chunk = min(chunk_tokens(model.vocab_size), tokens, predicted)
+    at = activation_numbers(config, model, tokens, rows, lengths, device == "cpu")
+    predicted = longest - longest_prompt  # a row's tokens that the head works on
+    chunk = min(chunk_tokens(model.vocab_size), tokens, rows * predicted)
     head = model.vocab_size * model.hidden_size
     logits = chunk * model.vocab_size * (6 if bf16 else 4)  # in float32, beside a copy in bf16
     whole = world == 1 or adapters > 0  # every rank holds the whole model
@@ -77,10 +66,10 @@ def estimate_memory(
     light = config.optim in MOMENT_BYTES
     gradients = trained * (size if light else 4) / share
     root, at_once = root_and_layer(model, parameters)
-    fixed = {"libraries": LIBRARIES * (device == "cpu")}
     packed = decoder_matrices(model) * config.load_in_4bit
     padding = block_padding(model) * (config.optim == "adamw_8bit")
-    fixed |= what_stays(config, parameters, trained, size, whole, share, packed, padding)
+    fixed = what_stays(config, parameters, trained, size, whole, share, packed, padding)
+    fixed["libraries"] = LIBRARIES * (device == "cpu")
     unpacked = model.intermediate_size * model.hidden_size * size * config.load_in_4bit
     gathered = leaving = 0
     if not whole:
@@ -89,11 +78,10 @@ def estimate_memory(
         leaving = (size + 4) * (not adapters)
     if config.cpu_offload and not adapters and not (whole and light):
         gradients = 0  # in the CPU's memory; on one rank one after the other
-    if vision_is_frozen(config):
-        fixed["image features"] = prompts * image_tokens * vision.feature_width * size
+    features = prompts * image_tokens * model.vision.feature_width * size
+    fixed["image features"] = features * vision_is_frozen(config)
     reference = (parameters - frozen) * size / share * (config.beta > 0 and not adapters)
-    if reference and not config.cpu_offload:  # with adapters it is the policy without them
-        fixed["reference"] = reference
+    fixed["reference"] = reference * (not config.cpu_offload)
     kept, beside = backward_peak(
         at,
         size,
@@ -105,12 +93,9 @@ def estimate_memory(
         earlier=tokens < prompts * longest,
         leaving=(at_once * leaving, root * leaving),
     )
-    images, cache = rollout_numbers(config, model, prompts, longest_prompt, image_tokens)
     phases = {
         "rollout": {
-            "images, or cache and logits": max(
-                images * size, cache * size + 2 * samples * model.vocab_size * 4
-            ),
+            "images, or cache and logits": rollout_bytes(config, model, prompts, lengths, size),
             "unpacked weights": 3 * unpacked,
         },
         "reference": {
@@ -131,9 +116,9 @@ def estimate_memory(
     if config.beta == 0 and config.num_iterations == 1:
         del phases["reference"]
     if device == "cpu":  # a GPU's memory holds no file
-        file = largest_file(config, parameters * size, trained, head)
-        merging = {"merged weights": max(merged, packed) * size / share}
-        phases["saving"] = merging | {"file on its way": 2 * file / share}
+        file = largest_file(config, parameters * size, trained, head) / share
+        merging = max(merged, packed) * size / share
+        phases["saving"] = {"merged weights": merging, "file on its way": 2 * file}
     return {
         phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
         for phase, parts in phases.items()
@@ -152,12 +137,10 @@ def evaluation_memory(
     packed = decoder_matrices(model) * config.load_in_4bit
     group = max(1, config.eval_samples_per_prompt)
     some = replace(config, num_generations=group)
-    images, cache = rollout_numbers(some, model, EVAL_BATCH, *lengths)
-    logits = 2 * EVAL_BATCH * group * model.vocab_size * 4
     parts = {
         "libraries": LIBRARIES * (device == "cpu"),
         "weights": (parameters - packed) * size + packed * FOUR_BIT_BYTES,
-        "images, or cache and logits": max(images * size, cache * size + logits),
+        "images, or cache and logits": rollout_bytes(some, model, EVAL_BATCH, lengths, size),
     }
     return {"evaluation": {name: value / 1e9 for name, value in parts.items()}}
 
@@ -238,20 +221,16 @@ def what_stays(
     }
 
 
-def rollout_numbers(
-    config: TrainingConfig,
-    model: QwenVLConfig,
-    prompts: int,
-    longest_prompt: int,
-    image_tokens: int,
-) -> tuple[int, int]:
-    """How many numbers a rollout holds besides weights and logits: while it encodes all images, and
-    later, the keys and values of all prompts and samples."""
+def rollout_bytes(
+    config: TrainingConfig, model: QwenVLConfig, prompts: int, lengths: tuple[int, int], size: int
+) -> int:
+    """What a rollout holds besides weights: while it encodes all images; or later, the keys and
+    values of all prompts and samples, and logits. lengths: of a prompt and of its images."""
     samples = prompts * config.num_generations
-    tokens = prompts * longest_prompt + samples * config.max_completion_length
-    kv = model.head_dim * model.num_key_value_heads
-    cache = tokens * 2 * kv * model.num_hidden_layers
-    return encoding_numbers(model, prompts * image_tokens), cache
+    tokens = prompts * lengths[0] + samples * config.max_completion_length
+    cache = tokens * 2 * model.head_dim * model.num_key_value_heads * model.num_hidden_layers
+    images = encoding_numbers(model, prompts * lengths[1])
+    return max(images * size, cache * size + 2 * samples * model.vocab_size * 4)
 
 
 def encoding_numbers(model: QwenVLConfig, image_tokens: int) -> int:
@@ -285,11 +264,10 @@ def activation_numbers(
     model: QwenVLConfig,
     tokens: int,
     rows: int,
-    longest_prompt: int,
-    image_tokens: int,
+    lengths: tuple[int, int],
     sdpa: bool,
 ) -> Activations:
-    """tokens: of the pack, in `rows` rows.
+    """tokens: of the pack, in `rows` rows. lengths: of a prompt and of its images.
 
     Per token and layer autograd keeps two norms and the residual stream twice, q, the attended
     values and the feed-forward's four products, and the prompt's keys and values once per
@@ -297,7 +275,8 @@ def activation_numbers(
     layer works on completions alone. A feed-forward's backward pass makes two gradients of its
     inner width, and two of the outer, while nothing of it is free yet.
     """
-    vision, image_tokens = model.vision, rows * image_tokens
+    longest_prompt, image_tokens = lengths[0], rows * lengths[1]
+    vision = model.vision
     patches = image_tokens * vision.spatial_merge_size**2
     width, kv = model.hidden_size, model.head_dim * model.num_key_value_heads
     inner, q = model.intermediate_size, model.head_dim * model.num_attention_heads
@@ -332,55 +311,3 @@ def activation_numbers(
         forward = max(forward, encoding)
     kept = decoder + merger + tower
     return Activations(forward, kept, tower, backward, block_backward, first_block)
-
-
-def adapter_parameters(config: TrainingConfig, model: QwenVLConfig) -> tuple[int, int]:
-    """Numbers in the adapters of --use_peft, and in the weights that they belong to; 0, 0 without
-    it."""
-    lora = lora_of(config)
-    if lora is None:
-        return 0, 0
-    with torch.device("meta"):
-        whole = QwenVL(model)
-        whole.adapt(lora)
-    if config.adapter_name_or_path:
-        check_fit(Path(config.adapter_name_or_path), whole)
-    layers = [module for module in whole.modules() if isinstance(module, LoRALinear)]
-    adapters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
-    return adapters, sum(layer.weight.numel() for layer in layers)
-
-
-def block_padding(model: QwenVLConfig) -> int:
-    """Numbers that adamw_8bit adds to the rows of all matrices, to fill whole blocks."""
-    with torch.device("meta"):
-        matrices = [p for p in QwenVL(model).parameters() if p.ndim > 1]
-    return sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices)
-
-
-def decoder_matrices(model: QwenVLConfig) -> int:
-    """Numbers in all matrices of the decoder's layers."""
-    with torch.device("meta"):
-        layer = DecoderLayer(model)
-    matrices = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
-    return matrices * model.num_hidden_layers
-
-
-def root_and_layer(model: QwenVLConfig, parameters: int) -> tuple[int, int]:
-    """Numbers outside of layers and blocks (embedding, head, the tower's ends), and in the larger
-    of a layer and a block: what several ranks gather, throughout a pass and one after the other."""
-    layer, block = decoder_layer_parameters(model), vision_block_parameters(model)
-    in_layers = model.num_hidden_layers * layer + model.vision.depth * block
-    return parameters - in_layers, max(layer, block)
-
-
-def decoder_layer_parameters(model: QwenVLConfig) -> int:
-    """Numbers in one decoder layer."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DecoderLayer(model).parameters())
-
-
-def vision_block_parameters(model: QwenVLConfig) -> int:
-    """Numbers in one block of the vision tower."""
-    with torch.device("meta"):
-        tower = family_of(model).VisionTower(replace(model.vision, depth=1))
-    return sum(p.numel() for p in tower.blocks.parameters())
