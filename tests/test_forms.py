@@ -24,7 +24,7 @@ from data.rows import Fault
 from models.processor import Processor
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
-from tests.runs import CHECKPOINT, SHARED, SHORT, read_lines, train
+from tests.runs import CHECKPOINT, SHARED, SHORT, read_lines, timeless, torchrun, train
 
 DETECTION = CHECKPOINT.parent.parent / "demo_det" / "checkpoint"
 
@@ -477,8 +477,42 @@ def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     totals = [{record["reward"] for record in row} for row in drawn]
     assert line["eval/frac_reward_zero_std"] == sum(len(row) == 1 for row in totals) / 6
     argv[2] = "2"
-    train(tmp_path / "two", *argv, "--eval_samples_per_prompt", "4")
-    assert json.loads((tmp_path / "two" / "samples-0.json").read_text()) == drawn[:2]
+    train(tmp_path / "few", *argv, "--eval_samples_per_prompt", "4")
+    assert json.loads((tmp_path / "few" / "samples-0.json").read_text()) == drawn[:2]
+
+
+@pytest.mark.slow
+def test_evaluation_alone_is_the_same_on_two_ranks(tmp_path, plain):
+    argv = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
+    done = torchrun(2, "train_cls.py", *argv, "--output_dir", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [folder / "eval-0.jsonl" for folder in (tmp_path / "two", plain)]
+    assert files[0].read_text() == files[1].read_text()
+    lines = [timeless(read_lines(file.parent / "metrics.jsonl"))[0] for file in files]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_a_run_saved_evaluates_as_the_run_did(tmp_path, adapted):
+    """Checkpoint, final model and adapter, each by itself."""
+    few = ["--eval_samples", "12", "--max_completion_length", "40"]
+    argv = [*SHORT, *few, "--save_steps", "2", "--learning_rate", "1e-2", "--warmup_ratio", "0"]
+    peft = ["--use_peft"] * adapted
+    train(tmp_path / "run", *argv, *peft)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    before, after = lines[0], lines[-1]
+    assert after["eval/mean_length"] != before["eval/mean_length"], "nothing learned: blunt"
+    run, saved = tmp_path / "run", []
+    if adapted:
+        base = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
+        for adapter in ("checkpoint-2", "final/adapter"):
+            saved.append([*base, *peft, "--adapter_name_or_path", str(run / adapter)])
+    for model in ["final"] if adapted else ["checkpoint-2", "final"]:
+        saved.append(["--model_name_or_path", str(run / model), "--dataset_name", "demo:flowers"])
+    for number, flags in enumerate(saved):
+        (line,) = train(tmp_path / f"{number}", "--eval_only", *few, *flags)
+        own = [name for name in line if name.startswith("eval/")]
+        assert {name: line[name] for name in own} == {name: after[name] for name in own}, flags
 
 
 def test_evaluation_alone_loads_neither_reference_nor_optimizer(tmp_path, monkeypatch, capsys):
