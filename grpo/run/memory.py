@@ -111,7 +111,7 @@ def estimate_memory(
             "unpacked weights": unpacked,
         },
         # rows in float32 that are worked on at once, with what is made of them
-        "optimizer": {"gradients": gradients, "rows": light * 36 * min(NUMBERS, head)},
+        "optimizer": {"gradients": gradients, "rows": light * 36 * min(NUMBERS, head / share)},
     }
     if config.beta == 0 and config.num_iterations == 1:
         del phases["reference"]
