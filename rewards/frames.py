@@ -53,6 +53,23 @@ class Frames:
         frames = self.of(row)
         return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
 
+    def described(self, sizes: Iterable[tuple[int, int]]) -> dict:
+        """What `frame_of` needs to know, for JSON. sizes: (width, height) of the images, asked for
+        only where answers count pixels of the resized image."""
+        resized = set(sizes) if self.answers == "resized" else ()
+        table = {f"{w}x{h}": list(self.resized(w, h)) for w, h in sorted(resized)}
+        return {"answers": self.answers, "resized": table}
+
+
+def frame_of(described: dict, size: tuple[int, int]) -> tuple[float, float] | None:
+    """The frame that answers about an image of `size` (width, height) count in, from what
+    `Frames.described` wrote; None if it does not say."""
+    if described.get("answers") == "resized":
+        found = described.get("resized", {}).get(f"{size[0]}x{size[1]}")
+        return (float(found[0]), float(found[1])) if found else None
+    known = {"thousandths": (1000.0, 1000.0), "pixels": (float(size[0]), float(size[1]))}
+    return known.get(described.get("answers"))
+
 
 def choose_frames(config, rows, processor) -> Frames:
     """By --data_frame and --box_frame. Where they say auto, solutions count what they look like,

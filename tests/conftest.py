@@ -7,6 +7,8 @@ import pytest
 import grpo.threads  # noqa: F401  before torch: how its threads wait
 
 # isort: split
+import train_det
+from grpo.run.reporter import Reporter
 from tests.peer import NORMS
 from tests.runs import SHORT, train
 
@@ -34,6 +36,28 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "run"
     train(folder, *SHORT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def boxes(tmp_path_factory):
+    """The run folder of a sixth of train_det.py's demo: read it, never write in it."""
+    folder = tmp_path_factory.mktemp("boxes") / "run"
+    argv = ["--max_steps", "20", "--eval_samples", "72", "--report_steps", "8"]
+    train(folder, *argv, script=train_det)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_reports(request, monkeypatch):
+    """A report takes a process and two seconds. The runs of `plain` and `boxes`, made before this,
+    have theirs; a test that wants one asks for `reports`."""
+    if "reports" not in request.fixturenames:
+        monkeypatch.setattr(Reporter, "_start", lambda self, idle: None)
+
+
+@pytest.fixture
+def reports():
+    """For tests whose runs write report.html."""
 
 
 @pytest.fixture

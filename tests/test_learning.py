@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import train_cls
-import train_det
 from data.flowers import SPECIES
 from data.load import load
 from rewards.cls import accuracy_reward
@@ -35,14 +34,11 @@ def test_the_demo_learns(tmp_path):
     assert len(readable) >= 0.95 * len(answers), "the reasoning is no longer readable"
 
 
-def test_the_detection_demo_learns(tmp_path):
-    """A quarter of the demo's steps; README quotes the whole."""
-    run = tmp_path / "run"
-    argv = ["--max_steps", "20", "--eval_samples", "72", "--output_dir", str(run)]
-    assert train_det.main(argv) == 0
-    before, after = (read_steps(run)[i] for i in (0, -1))
+def test_the_detection_demo_learns(boxes):
+    """A sixth of the demo's steps; README quotes the whole."""
+    before, after = (read_steps(boxes)[i] for i in (0, -1))
     for step, line in ((0, before), (20, after)):
-        answers = read_lines(run / f"eval-{step}.jsonl")
+        answers = read_lines(boxes / f"eval-{step}.jsonl")
         scenes = load("demo:scenes", "test")
         rewards = [iou_reward(a["completion"], scenes[a["row"]].solution) for a in answers]
         assert line["eval/iou"] == pytest.approx(sum(rewards) / len(rewards))

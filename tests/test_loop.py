@@ -111,6 +111,7 @@ MAY_IMPORT = {
     "demo": ("demo", "data", "grpo", "models", "rewards"),
     "grpo.run": ("grpo", "models", "data", "rewards.parse"),
     "grpo.threads": (),
+    "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: it runs beside the training
     "grpo": ("grpo", "models"),
     "models": ("models",),
     "data": ("data",),

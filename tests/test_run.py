@@ -47,6 +47,7 @@ def test_the_run_folder(tmp_path):
         "config.yaml",
         "metrics.jsonl",
         "completions.jsonl",
+        "run.json",
         "eval-0.jsonl",
         "eval-1.jsonl",
         "eval-2.jsonl",

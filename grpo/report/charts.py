@@ -1,0 +1,164 @@
+"""The curves of a report, as data: which metrics stand in which chart, sampled, with their texts.
+
+page.js draws them with Plotly. docs/metrics.md defines every metric.
+"""
+
+import fnmatch
+from dataclasses import dataclass
+
+from grpo.report.read import RunRecord
+from grpo.report.sample import POINTS, extremes, trailing_mean
+
+# id, title, unit, metrics (patterns), whether a moving mean is drawn too
+CHARTS = (
+    ("reward", "Reward", "", ("reward",), True),
+    ("terms", "Reward, term by term", "", ("rewards/*/mean",), True),
+    ("held-out", "Held out", "", ("eval/*",), False),
+    ("dead", "Groups without a signal", "share", ("frac_reward_zero_std",), False),
+    ("failures", "No answer found", "share", ("parse_failures/*",), False),
+    ("kl", "KL to the reference", "nats", ("kl",), False),
+    ("entropy", "Entropy", "nats", ("entropy",), False),
+    ("length", "Length of completions", "tokens", ("completions/mean_length",), False),
+    ("clipped", "Completions cut", "share", ("completions/clipped_ratio",), False),
+    ("grad-norm", "Norm of the gradient", "", ("grad_norm",), False),
+    ("rate", "Learning rate", "", ("learning_rate",), False),
+    ("time", "Time by phase", "s", ("step_time", "time/*"), False),
+    ("memory", "Memory by phase", "GB", ("memory/*",), False),
+)
+NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
+# Of several runs: a chart for each metric, a line for each run.
+COMPARED = (
+    *(("", "", "", (pattern,), True) for pattern in ("reward", "rewards/*/mean")),
+    ("", "", "", ("eval/*",), False),
+    *(("", "", unit, (name,), False) for name, unit in (("kl", "nats"), ("entropy", "nats"))),
+    ("", "", "tokens", ("completions/mean_length",), False),
+    ("", "", "", ("grad_norm",), False),
+    ("", "", "s", ("step_time",), False),
+    ("", "", "GB", ("memory/training_gb",), False),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The values of one metric: `x` steps, `y` values (None where there is none)."""
+
+    x: list[int]
+    y: list[float | None]
+
+
+def series_of(run: RunRecord, name: str) -> Series:
+    """All values of a metric that the run logged."""
+    lines = run.evaluations if name.startswith("eval/") else run.training
+    if name == "time/evaluation_s" or name == "memory/evaluation_gb":
+        lines = run.evaluations
+    values = [(line["step"], line.get(name)) for line in lines if name in line]
+    numbers = [v if isinstance(v, int | float) else None for _, v in values]
+    return Series([step for step, _ in values], numbers)
+
+
+def logged_names(runs: list[RunRecord]) -> list[str]:
+    """Every metric that a run logged, in the order of the lines."""
+    lines = (line for run in runs for line in (*run.training, *run.evaluations))
+    kinds = dict.fromkeys(tuple(line) for line in lines)  # few: most lines have the same names
+    return list(dict.fromkeys(name for kind in kinds for name in kind))
+
+
+def names_like(logged: list[str], patterns: tuple[str, ...]) -> list[str]:
+    """Those of the metrics that fit a pattern and are to be drawn."""
+    fit = [n for pattern in patterns for n in logged if fnmatch.fnmatchcase(n, pattern)]
+    drawn = [n for n in fit if not any(fnmatch.fnmatchcase(n, gone) for gone in NOT_DRAWN)]
+    return list(dict.fromkeys(drawn))
+
+
+def short_name(name: str) -> str:
+    """A metric's name without what the title of its chart says already."""
+    for before, after in (("rewards/", "/mean"), ("time/", "_s"), ("memory/", "_gb")):
+        if name.startswith(before) and name.endswith(after):
+            return name.removeprefix(before).removesuffix(after)
+    return name.removeprefix("eval/").removeprefix("parse_failures/")
+
+
+def charts_of(run: RunRecord) -> list[dict]:
+    """The charts of one run, a line for each metric."""
+    charts, logged = [], logged_names([run])
+    for key, title, unit, patterns, smooth in CHARTS:
+        lines = [
+            _line(short_name(name), series_of(run, name), smooth, name.startswith("eval/"), color)
+            for color, name in enumerate(names_like(logged, patterns))
+        ]
+        if key == "failures":  # six reasons, of which most runs never see three
+            lines = [line for line in lines if any(line["y"])]
+        charts.append(_chart(key, title, unit, lines, _marks(run)))
+    return [chart for chart in charts if chart["lines"]]
+
+
+def compared_charts(runs: list[RunRecord], names: list[str]) -> list[dict]:
+    """The charts of several runs, called `names`: a line for each of them."""
+    charts, logged = [], logged_names(runs)
+    for _, _, unit, patterns, smooth in COMPARED:
+        for name in names_like(logged, patterns):
+            lines = [
+                _line(called, series_of(run, name), smooth, name.startswith("eval/"), color)
+                for color, (run, called) in enumerate(zip(runs, names, strict=True))
+            ]
+            charts.append(_chart(f"m{len(charts)}", name, unit, lines, []))
+    return charts
+
+
+def _marks(run: RunRecord) -> list[dict]:
+    """Where findings of the diagnosis stand: their steps and numbers."""
+    numbers: dict[int, list[str]] = {}
+    for number, (step, _) in enumerate(run.findings, 1):
+        numbers.setdefault(step, []).append(str(number))
+    return [
+        {"x": step, "text": ", ".join(found) if len(found) < 4 else f"{found[0]} to {found[-1]}"}
+        for step, found in numbers.items()
+    ]
+
+
+def _line(name: str, series: Series, smooth: bool, points: bool, color: int) -> dict:
+    kept = extremes(series.y)
+    window = max(5, len(series.y) // 20)
+    means = trailing_mean(series.y, window) if smooth and len(series.y) > 2 * window else []
+    return {
+        "name": name,
+        "x": [series.x[i] for i in kept],
+        "y": [_rounded(series.y[i]) for i in kept],
+        "mean": [_rounded(means[i]) for i in kept] if means else [],
+        "window": window if means else 0,
+        "points": points,
+        "of": len(series.y),
+        "color": color,  # its number: a run has the same in all charts
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _chart(key: str, title: str, unit: str, lines: list[dict], marks: list[dict]) -> dict:
+    lines = [line for line in lines if any(y is not None for y in line["y"])]
+    notes = []
+    if window := max((line["window"] for line in lines), default=0):
+        notes.append(f"The thick line is the mean of the last {window} steps.")
+    longest = max((line["of"] for line in lines), default=0)
+    if longest > POINTS:
+        notes.append(
+            f"Of {longest:,} values the lowest and the highest of every "
+            f"{longest // (POINTS // 2 - 1):,} are shown."
+        )
+    title = f"{title} ({unit})" if unit else title
+    alt = "; ".join(_in_words(line) for line in lines)
+    note = " ".join(notes)
+    return {"id": key, "title": title, "lines": lines, "marks": marks, "note": note, "alt": alt}
+
+
+def _in_words(line: dict) -> str:
+    """A curve for those who do not see it."""
+    known = [(x, y) for x, y in zip(line["x"], line["y"], strict=True) if y is not None]
+    (first, begin), (last, end) = known[0], known[-1]
+    low, high = min(y for _, y in known), max(y for _, y in known)
+    return (
+        f"{line['name']}: {begin:.4g} at step {first}, {end:.4g} at step {last}, "
+        f"lowest {low:.4g}, highest {high:.4g}"
+    )

@@ -1,0 +1,132 @@
+"""The rows and groups that a report shows, with their pictures, ready for the template."""
+
+from grpo.report.pictures import Album, class_of, draw, has_boxes
+from grpo.report.read import Completions, RunRecord
+from grpo.report.sample import CARDS, LETTERS, SAMPLES, pick_groups, rank_rows, shortened
+
+LETTERS_OF_A_CARD = 1000  # of each of its texts
+
+
+class Gallery:
+    """Held-out rows, worst and most changed first, `CARDS` of `count` at most.
+
+    first, last: steps of the two evaluations, the same if there was one only. classes: of the rows
+    that are shown. term: the reward that says what is right; least: above which value it is.
+    """
+
+    def __init__(self, run: RunRecord, album: Album):
+        evaluations = run.answers()
+        self.count, self.cards, self.classes, self.term, self.boxes = 0, [], [], "", False
+        self.first = self.last = None
+        if not evaluations or not evaluations[-1][1]:
+            return
+        (self.first, before), (self.last, after) = evaluations[0], evaluations[-1]
+        one = next(iter(after.values()))
+        self.term, self.boxes = next(iter(one["rewards"])), has_boxes(one["truth"])
+        self.least = run.config.get("iou_threshold", 0.5) if self.boxes else 1
+        self.without_frames = self.boxes and not run.frames
+        before = before if self.first != self.last else {}
+        now = {row: self._value(record) for row, record in after.items()}
+        then = {row: self._value(record) for row, record in before.items()}
+        self.count = len(after)
+        for row in rank_rows(then, now)[:CARDS]:
+            self.cards.append(self._card(row, before.get(row), after[row], run, album))
+        names = sorted({card["class"] for card in self.cards})
+        self.classes = names
+        changes = sorted(self.cards, key=lambda card: -abs(card["change"]))
+        for place, card in enumerate(changes):
+            card["by_change"], card["class_number"] = place, names.index(card["class"])
+        for place, card in enumerate(sorted(self.cards, key=lambda card: card["value"])):
+            card["by_value"] = place
+
+    def _value(self, record: dict) -> float:
+        return record["rewards"].get(self.term) or 0.0
+
+    def _is_right(self, record: dict) -> bool:
+        value = self._value(record)
+        return value > self.least if self.boxes else value >= self.least
+
+    def _card(self, number: int, before: dict | None, after: dict, run: RunRecord, album) -> dict:
+        split = run.config.get("dataset_test_split") or "test"
+        row, picture = album.row(split, number), album.picture(split, number)
+        drawn = draw("truth", after["truth"], picture, run.frames, "")
+        if before:
+            drawn += draw("before", before["answer"], picture, run.frames, None)
+        drawn += draw("after", after["answer"], picture, run.frames, None)
+        change = self._value(after) - self._value(before) if before else 0.0
+        answers = [("before", before)] if before else []
+        return {
+            "row": number,
+            "class": shortened(class_of(after, row, self.boxes), 80),
+            "picture": picture,
+            "images": len(row.images) if row else 0,
+            "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
+            "truth": shortened(after["truth"], LETTERS_OF_A_CARD),
+            "answers": [self._answer(*pair) for pair in (*answers, ("after", after))],
+            "drawn": drawn if self.boxes else [],
+            "value": self._value(after),
+            "change": change,
+            "was": "" if before is None else "right" if self._is_right(before) else "wrong",
+            "now": "right" if self._is_right(after) else "wrong",
+        }
+
+    def _answer(self, when: str, record: dict) -> dict:
+        return {
+            "when": when,
+            "step": self.first if when == "before" else self.last,
+            "right": self._is_right(record),
+            "answer": shortened(record["answer"], LETTERS_OF_A_CARD),
+            "completion": shortened(record["completion"], LETTERS_OF_A_CARD),
+            "rewards": record["rewards"],
+            "reasons": record.get("reasons") or {},
+        }
+
+
+def training_groups(run: RunRecord, completions: Completions, album: Album) -> list[dict]:
+    """Groups of completions, evenly over the run, in the order of the steps."""
+    picked = pick_groups(completions.groups)
+    split = run.config.get("dataset_train_split") or "train"
+    found = []
+    for step, prompt in picked:
+        records = completions.group((step, prompt))
+        shown = records[:SAMPLES]
+        letters = min(3000, LETTERS // (len(picked) * len(shown)))
+        index, truth = records[0]["row"], records[0]["truth"]
+        row, picture = album.row(split, index), album.picture(split, index)
+        boxes, drawn = has_boxes(truth), []
+        if boxes:
+            drawn = draw("truth", truth, picture, run.frames, "")
+            for number, record in enumerate(shown):
+                kind = "up" if (record["advantage"] or 0.0) > 0 else "down"
+                drawn += draw(kind, record["answer"], picture, run.frames, str(number))
+        rewards = [record["reward"] or 0.0 for record in records]
+        largest = max(abs(record["advantage"] or 0.0) for record in records) or 1.0
+        found.append({
+            "step": step,
+            "prompt": prompt,
+            "row": index,
+            "truth": shortened(truth, LETTERS_OF_A_CARD),
+            "class": shortened(class_of(records[0], row, boxes), 80),
+            "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
+            "picture": picture,
+            "drawn": drawn,
+            "boxes": boxes,
+            "dead": len(set(rewards)) == 1,
+            "lowest": min(rewards),
+            "highest": max(rewards),
+            "size": len(records),
+            "samples": [
+                {
+                    "number": number,
+                    "completion": shortened(record["completion"], letters),
+                    "rewards": record["rewards"],
+                    "reward": record["reward"],
+                    "advantage": record["advantage"],
+                    "strength": round(100 * abs(record["advantage"] or 0.0) / largest),
+                    "tokens": record.get("tokens"),
+                    "truncated": record.get("truncated", False),
+                }
+                for number, record in enumerate(shown)
+            ],
+        })  # fmt: skip
+    return found

@@ -1,0 +1,149 @@
+"""The images of a run's data set as thumbnails, and boxes on them.
+
+The data set may be gone, or its images unreadable: then there is no picture, and `notes` says why.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from data.images import open_image
+from data.virft import Example, load
+from rewards.boxes import Box, four_numbers, parse_boxes, solution_kind
+from rewards.coco import category
+from rewards.frames import frame_of
+
+LONGEST_SIDE = 320  # pixels of a thumbnail
+BYTES = 2_500_000  # of all thumbnails of a report, as data URIs
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A thumbnail: a data URI, the width and height at which it is shown (its longest side is
+    LONGEST_SIDE; a smaller image is shown larger), and those of the whole image, in pixels."""
+
+    uri: str
+    width: int
+    height: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A box on a thumbnail, in pixels of its `width` and `height`.
+
+    kind: "truth", "before", "after", "up" or "down" (by the advantage). label: what is written on
+    it.
+    """
+
+    kind: str
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+
+
+class Album:
+    """The rows of a run's data set and their thumbnails, `limit` bytes of data URIs at most.
+
+    notes: why rows or images are missing, each once.
+    """
+
+    def __init__(self, config: dict, limit: int = BYTES):
+        self.config, self.left, self.notes = config, limit, []
+        self._splits: dict[str, Sequence[Example]] = {}
+        self._pictures: dict[tuple[str, int], Picture | None] = {}
+
+    def row(self, split: str, index: int) -> Example | None:
+        """Row `index` of a split; None if it is not there."""
+        if split not in self._splits:
+            try:
+                self._splits[split] = load(str(self.config.get("dataset_name")), split)
+            except ValueError as error:
+                self._splits[split] = ()
+                self._note(f"no images and problems: the data set cannot be read now: {error}")
+        rows = self._splits[split]
+        if 0 <= index < len(rows):
+            return rows[index]
+        if len(rows):
+            self._note("rows are missing: the data set has fewer of them now")
+        return None
+
+    def picture(self, split: str, index: int) -> Picture | None:
+        """The thumbnail of a row's first image; None if there is none, or no room for it."""
+        if (split, index) not in self._pictures:
+            self._pictures[split, index] = self._thumbnail(self.row(split, index))
+        return self._pictures[split, index]
+
+    def _thumbnail(self, row: Example | None) -> Picture | None:
+        if row is None or not row.images:
+            return None
+        try:
+            image = open_image(row.images[0])
+        except (ValueError, TypeError) as error:
+            self._note(f"an image is missing: row {row.index}, {row.where}: {error}")
+            return None
+        size, scale = image.size, LONGEST_SIDE / max(image.size)
+        shown = [max(1, round(side * scale)) for side in size]
+        if scale < 1:
+            image = image.resize(shown, Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=75, optimize=True)
+        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        if len(uri) > self.left:
+            self._note("some images are left out, to keep this file small")
+            return None
+        self.left -= len(uri)
+        return Picture(uri, *shown, size)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def read_answer(text: str | None, frame: tuple[float, float]) -> tuple[Box, ...]:
+    """The boxes of an answer or a truth, of detection or of grounding; what is no box is none."""
+    boxes = parse_boxes(text or "", frame).boxes
+    numbers = None if boxes else four_numbers(text or "")
+    if numbers and numbers[0] < numbers[2] and numbers[1] < numbers[3]:
+        boxes = (Box(*numbers),)
+    return boxes
+
+
+def draw(
+    kind: str, text: str | None, picture: Picture | None, frames: dict | None, label: str | None
+) -> list[Drawn]:
+    """The boxes of an answer on a thumbnail; none without a picture or frames.
+
+    label: written on each box; None writes its confidence.
+    """
+    frame = picture and frames and frame_of(frames, picture.size)
+    if not frame:
+        return []
+    across, down = picture.width / frame[0], picture.height / frame[1]
+    return [
+        Drawn(
+            kind,
+            round(box.x1 * across, 1),
+            round(box.y1 * down, 1),
+            round((box.x2 - box.x1) * across, 1),
+            round((box.y2 - box.y1) * down, 1),
+            f"{box.confidence:.2f}" if label is None else label,
+        )
+        for box in read_answer(text, frame)
+    ]
+
+
+def class_of(record: dict, row: Example | None, boxes: bool) -> str:
+    """What a row asks about: the true class, or for boxes the category in the problem."""
+    if not boxes:
+        return record["truth"]
+    return category(row.problem) if row else ""
+
+
+def has_boxes(truth: str) -> bool:
+    return solution_kind(truth) != "class"

@@ -1,0 +1,83 @@
+"""What a report shows of a long run: some steps, some held-out rows, some groups."""
+
+from collections.abc import Sequence
+
+POINTS = 1000  # of a curve
+CARDS = 60  # held-out rows
+GROUPS = 24  # of training
+SAMPLES = 16  # completions of a group
+LETTERS = 500_000  # of all completions of all groups
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers 0 to count - 1 at even distances, the first and the last among them;
+    all of them if there are no more."""
+    if count <= wanted:
+        return list(range(count))
+    if wanted == 1:
+        return [0]
+    return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def extremes(values: Sequence[float | None], points: int = POINTS) -> list[int]:
+    """Places of at most about `points` values that show a curve: the first, the last, and of each
+    stretch of equal length the lowest and the highest. So no spike is lost, and each value shown is
+    one that was logged. All places if there are no more than `points`."""
+    if len(values) <= points:
+        return list(range(len(values)))
+    stretches = max(1, points // 2 - 1)
+    kept = {0, len(values) - 1}
+    for number in range(stretches):
+        start, end = (i * len(values) // stretches for i in (number, number + 1))
+        known = [i for i in range(start, end) if values[i] is not None]
+        if known:
+            kept |= {min(known, key=values.__getitem__), max(known, key=values.__getitem__)}
+    return sorted(kept)
+
+
+def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """For each place the mean of the last `window` values up to it, None where there is none."""
+    means, total, known = [], 0.0, 0
+    for place, value in enumerate(values):
+        if value is not None:
+            total, known = total + value, known + 1
+        gone = values[place - window] if place >= window else None
+        if gone is not None:
+            total, known = total - gone, known - 1
+        means.append(total / known if known else None)
+    return means
+
+
+def pick_groups(places: list[tuple[int, int]], wanted: int = GROUPS) -> list[tuple[int, int]]:
+    """`wanted` of the groups (step, prompt), spread evenly over the steps; from step to step the
+    next prompt, so that not only the first of each step is seen."""
+    by_step: dict[int, list[tuple[int, int]]] = {}
+    for place in places:
+        by_step.setdefault(place[0], []).append(place)
+    steps = sorted(by_step)
+    rounds = min(wanted, len(steps))
+    if not rounds:
+        return []
+    picked = []
+    for number, index in enumerate(evenly(len(steps), rounds)):
+        groups = by_step[steps[index]]
+        share = wanted // rounds  # more than one of a step where there are few steps
+        first = number % len(groups)
+        picked += [groups[(first + i) % len(groups)] for i in range(min(share, len(groups)))]
+    return sorted(picked)
+
+
+def rank_rows(before: dict[int, float], after: dict[int, float]) -> list[int]:
+    """The rows, worst and most changed first: in turns the lowest value now, and the largest
+    change since before. Equal ones by their number."""
+    worst = sorted(after, key=lambda row: (after[row], row))
+    changed = sorted(after, key=lambda row: (-abs(after[row] - before.get(row, after[row])), row))
+    turns = [row for pair in zip(worst, changed, strict=True) for row in pair]
+    return list(dict.fromkeys(turns))
+
+
+def shortened(text: str | None, letters: int) -> str | None:
+    """The text, or its beginning and how much is left out."""
+    if text is None or len(text) <= letters:
+        return text
+    return f"{text[:letters]} ... ({len(text) - letters:,} more characters)"
