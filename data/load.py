@@ -17,6 +17,7 @@ from data.ask import Ask
 from data.rows import Fault, Rows
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
+SHARE = 0.2
 AS_TAUGHT = Ask()  # as Qwen2-VL was
 DEMO_ROWS = {"train": 480, "test": 180}
 
@@ -50,12 +51,34 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if dataset_name in text else f"{where}: {text}") from error
-    rows.name = where
+    rows.name, rows.ask = where, ask
     if not len(rows):
         raise ValueError(f"{where}: no rows")
     if ask.template is not None and not rows.worded:
         raise ValueError(f"--prompt_template has no effect here: {dataset_name} has prompts")
     return rows
+
+
+def read_splits(
+    dataset_name: str, train_split: str, test_split: str | None, test_share: float | None, ask: Ask
+) -> tuple[Rows, Rows]:
+    """The rows to train on and those held out, by the flags of these names, unchecked.
+
+    Without a test split a share of the images is held out: by default SHARE of a data set whose
+    prompts are made here, else nothing. Raises ValueError as `load`.
+    """
+    train, found = load(dataset_name, train_split, ask), splits(dataset_name)
+    others = ["test", "validation"] if train.worded else ["test"]
+    others = [split for split in others if split in found and split != train_split]
+    test_split = test_split or next(iter(others), None)
+    if test_split and test_share is not None:
+        raise ValueError(
+            f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
+        )
+    if test_split:
+        return train, load(dataset_name, test_split, ask)
+    share = SHARE * train.worded if test_share is None else test_share
+    return hold_out(train, share) if share else (train, train.pick([]))
 
 
 def splits(dataset_name: str) -> list[str]:

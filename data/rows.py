@@ -78,7 +78,7 @@ class Rows(Sequence):
     data set and the split, for messages. said: what the plan prints of a form that leaves things
     open. worded: whether the prompts are ours (data/ask.py). asks_in: the frame of boxes that such
     prompts ask for, while the solutions count pixels; None of other rows. sizes: of each row's
-    images, and faults: what was found, once checked.
+    images, and faults: what was found, once checked. ask: as `load` was given it.
     """
 
     def __init__(self, rows, folder: Path, convert: Callable[[dict], dict] | None = None):
@@ -86,6 +86,7 @@ class Rows(Sequence):
         self.name, self.said, self.worded, self.asks_in = "", [], False, None
         self.sizes: list[list[tuple[int, int]]] = []
         self.faults: list[Fault] = []
+        self.ask = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,7 +120,8 @@ class Rows(Sequence):
         """Some of the rows as rows of their own, numbered from 0, before any is checked."""
         some = self.rows.select(indices) if hasattr(self.rows, "select") else None
         picked = Rows(some or [self.rows[i] for i in indices], self.folder, self.convert)
-        picked.name, picked.worded, picked.asks_in = self.name, self.worded, self.asks_in
+        for name in ("name", "worded", "asks_in", "ask"):
+            setattr(picked, name, getattr(self, name))
         return picked
 
     def _image(self, image):

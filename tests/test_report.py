@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from data.virft import load
+from data.load import load
 from grpo.report import __main__ as command
 from grpo.report.page import run_page, visible
 from grpo.report.pictures import Picture, draw

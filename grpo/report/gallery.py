@@ -47,8 +47,7 @@ class Gallery:
         return value > self.least if self.boxes else value >= self.least
 
     def _card(self, number: int, before: dict | None, after: dict, run: RunRecord, album) -> dict:
-        split = run.config.get("dataset_test_split") or "test"
-        row, picture = album.row(split, number), album.picture(split, number)
+        row, picture = album.row(True, number), album.picture(True, number)
         drawn = draw("truth", after["truth"], picture, run.frames, "")
         if before:
             drawn += draw("before", before["answer"], picture, run.frames, None)
@@ -85,14 +84,13 @@ class Gallery:
 def training_groups(run: RunRecord, completions: Completions, album: Album) -> list[dict]:
     """Groups of completions, evenly over the run, in the order of the steps."""
     picked = pick_groups(completions.groups)
-    split = run.config.get("dataset_train_split") or "train"
     found = []
     for step, prompt in picked:
         records = completions.group((step, prompt))
         shown = records[:SAMPLES]
         letters = min(3000, LETTERS // (len(picked) * len(shown)))
         index, truth = records[0]["row"], records[0]["truth"]
-        row, picture = album.row(split, index), album.picture(split, index)
+        row, picture = album.row(False, index), album.picture(False, index)
         boxes, drawn = has_boxes(truth), []
         if boxes:
             drawn = draw("truth", truth, picture, run.frames, "")

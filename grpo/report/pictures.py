@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from data.ask import Ask
 from data.images import open_image
-from data.virft import Example, load
+from data.load import read_splits
+from data.rows import Example
 from rewards.boxes import Box, four_numbers, parse_boxes, solution_kind
 from rewards.coco import category
 from rewards.frames import frame_of
@@ -53,31 +55,35 @@ class Album:
     notes: why rows or images are missing, each once.
     """
 
-    def __init__(self, config: dict, limit: int = BYTES):
+    def __init__(self, config: dict, ask: dict | None = None, limit: int = BYTES):
         self.config, self.left, self.notes = config, limit, []
-        self._splits: dict[str, Sequence[Example]] = {}
-        self._pictures: dict[tuple[str, int], Picture | None] = {}
+        self.ask = Ask(**ask) if ask else Ask()
+        self._splits: tuple[Sequence[Example], Sequence[Example]] | None = None
+        self._pictures: dict[tuple[bool, int], Picture | None] = {}
 
-    def row(self, split: str, index: int) -> Example | None:
-        """Row `index` of a split; None if it is not there."""
-        if split not in self._splits:
+    def row(self, held_out: bool, index: int) -> Example | None:
+        """Row `index` of those held out, or of those to train on; None if it is not there."""
+        if self._splits is None:
+            known = self.config.get
+            names = str(known("dataset_name")), known("dataset_train_split") or "train"
+            more = known("dataset_test_split"), known("test_share"), self.ask
             try:
-                self._splits[split] = load(str(self.config.get("dataset_name")), split)
+                self._splits = read_splits(*names, *more)
             except ValueError as error:
-                self._splits[split] = ()
+                self._splits = ((), ())
                 self._note(f"no images and problems: the data set cannot be read now: {error}")
-        rows = self._splits[split]
+        rows = self._splits[held_out]
         if 0 <= index < len(rows):
             return rows[index]
         if len(rows):
             self._note("rows are missing: the data set has fewer of them now")
         return None
 
-    def picture(self, split: str, index: int) -> Picture | None:
+    def picture(self, held_out: bool, index: int) -> Picture | None:
         """The thumbnail of a row's first image; None if there is none, or no room for it."""
-        if (split, index) not in self._pictures:
-            self._pictures[split, index] = self._thumbnail(self.row(split, index))
-        return self._pictures[split, index]
+        if (held_out, index) not in self._pictures:
+            self._pictures[held_out, index] = self._thumbnail(self.row(held_out, index))
+        return self._pictures[held_out, index]
 
     def _thumbnail(self, row: Example | None) -> Picture | None:
         if row is None or not row.images:

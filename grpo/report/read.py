@@ -35,8 +35,8 @@ class RunRecord:
     config: flag -> value, config_text: the file itself. training: a line of metrics.jsonl per step.
     evaluations: a line per held-out evaluation. findings: (step, text) of diagnosis.txt. steps: how
     many the run wants, None if it did not say. frames: what coordinates in answers count
-    (rewards/frames.py), None if they have none or the run did not say. status: "finished",
-    "running" or "stopped".
+    (rewards/frames.py), and ask: how prompts were worded (data/ask.py); None if the run did not
+    say. status: "finished", "running" or "stopped".
     """
 
     folder: Path
@@ -47,6 +47,7 @@ class RunRecord:
     findings: list[tuple[int, str]]
     steps: int | None
     frames: dict | None
+    ask: dict | None
     status: str
 
     @property
@@ -103,6 +104,7 @@ def read_run(folder: Path) -> RunRecord:
         read_findings(folder / "diagnosis.txt"),
         steps,
         about.get("frames"),
+        about.get("ask"),
         _status(folder, done, steps),
     )
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,3 +93,11 @@ class Reporter:
             text = f"note: report.html was not written: {why} (the run does not need it)"
             print(text, file=sys.stderr, flush=True)
         self._told = True
+
+
+def about(steps: int, rows, held_out, task) -> dict:
+    """What a report cannot tell from the flags: how many steps there will be, what coordinates in
+    answers count, how prompts were worded."""
+    sizes = chain((of_row[0] for of_row in rows.sizes), (row.size for row in held_out))
+    frames = task.frames.described(sizes) if task.frames else None
+    return {"steps": steps, "frames": frames, "ask": asdict(rows.ask)}
