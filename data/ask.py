@@ -3,6 +3,8 @@
 The model's family decides how boxes are asked for: in what coordinates, and in what form.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,18 +38,21 @@ class Ask:
 
     template: replaces the wording; {classes} in it becomes the list of classes, {category} what to
     find, {coordinates} what a box's numbers count. frame: a key of COORDINATES. form: of EXAMPLES.
-    absent_share: of the rows that ask for a category which the image does not show.
+    absent_share: of the rows that ask for a category which the image does not show. corners:
+    whether boxes of `objects` are two corners; None guesses.
     """
 
     template: str | None = None
     frame: str = "thousandths"
     form: str = "Position"
     absent_share: float = 0.0
+    corners: bool | None = None
 
     def class_problem(self, classes: Sequence[str]) -> str:
         """Which of the classes does the image show? Few classes are listed, many are not."""
         names = ", ".join(classes)
         if self.template is not None:
+            self._check_template({"classes"})
             return self.template.replace("{classes}", names)
         choice = f"Choose one of: {names}. " if len(classes) <= LISTED else ""
         return CLASS.replace("{choice}", choice)
@@ -55,9 +60,40 @@ class Ask:
     def boxes_problem(self, category: str) -> str:
         """Where in the image are objects of the category? Raises ValueError for a template that
         does not name it."""
-        if self.template is not None and "{category}" not in self.template:
-            raise ValueError("--prompt_template: without {category} it does not say what to find")
+        if self.template is not None:
+            self._check_template({"category", "coordinates", "example"})
+            if "{category}" not in self.template:
+                raise ValueError(
+                    "--prompt_template: without {category} it does not say what to find"
+                )
         text = BOXES if self.template is None else self.template
         text = text.replace("{example}", EXAMPLES[self.form])
         text = text.replace("{coordinates}", COORDINATES[self.frame])
         return text.replace("{category}", category)
+
+    def _check_template(self, known: set[str]) -> None:
+        """Raises ValueError for an empty template, and for a placeholder that is not filled."""
+        if not self.template.strip():
+            raise ValueError("--prompt_template is empty")
+        other = set(re.findall(r"\{(\w+)\}", self.template)) - known
+        if other:
+            listed = ", ".join(f"{{{name}}}" for name in sorted(known))
+            raise ValueError(
+                f"--prompt_template: {{{min(other)}}} is not filled; for this data set {listed} are"
+            )
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raises ValueError if a class or category has no name, or if an answer could not tell two of
+    them apart: case, spaces, dashes and underscores make no difference."""
+    seen: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip()
+        if not plain:
+            raise ValueError(f"{where}: {name!r} is no name")
+        if plain in seen:
+            raise ValueError(
+                f"{where}: {seen[plain]!r} and {name!r} count as one name; join or rename them"
+            )
+        seen[plain] = name

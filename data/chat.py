@@ -11,7 +11,8 @@ from data.rows import IMAGE_COLUMNS, PLACEHOLDER
 
 COLUMNS = ("messages", "conversations")
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt", "model"), ("system",)
-UNREAD = ("videos", "video", "audios", "audio", "tools")
+UNREAD = ("videos", "video", "audios", "audio", "tools", "objects")
+UNREAD += ("rejected_response", "rejected", "chosen")
 
 
 def is_chat(columns) -> bool:
@@ -34,7 +35,7 @@ def _converted(row: dict) -> dict:
     if isinstance(turns, str):  # some tables hold JSON
         try:
             turns = json.loads(turns)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"its conversation is no list of messages: {turns[:80]!r}") from None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"its conversation is no list of messages: {str(turns)[:80]!r}")
@@ -45,6 +46,8 @@ def _converted(row: dict) -> dict:
     questions = [text for role, text in said if role == "user"]
     if len(questions) != 1:
         raise ValueError(f"it has {len(questions)} questions; one question and its answer is a row")
+    if row.get("system"):
+        said.insert(0, ("system", _as_text(row["system"])))
     system = "".join(f"{text.strip()}\n\n" for role, text in said if role == "system")
     answers = [text for role, text in said if role == "assistant"]
     solution = row.get("solution")
@@ -52,8 +55,12 @@ def _converted(row: dict) -> dict:
         if not answers or said[-1][0] != "assistant":
             raise ValueError("it ends without an answer, and has no column solution")
         solution = answers[-1]
-    problem = _without_leading(f"{system}{questions[0]}" if system else questions[0])
-    return {"images": images or inside, "problem": problem, "solution": _as_text(solution)}
+    problem, images = f"{system}{questions[0]}", images or inside
+    places = problem.count(PLACEHOLDER)
+    if places and places != len(images):
+        raise ValueError(f"{places} {PLACEHOLDER} in the question, and images: {len(images)}")
+    problem = _without_leading(problem)
+    return {"images": images, "problem": problem, "solution": _as_text(solution)}
 
 
 def _role(turn: dict) -> str:
@@ -75,13 +82,14 @@ def _text(turn: dict, images: list) -> str:
             words.append(part)
         elif not isinstance(part, dict):
             return _as_text(content)  # four numbers, as VLM-R1's answers are
-        elif part.get("text") is not None:
-            words.append(part["text"])
         elif part.get("type") in ("image", "image_url"):
-            image = part.get("image", part.get("image_url"))
+            keys = ("image", "image_url", "url", "path")
+            image = next((part[key] for key in keys if part.get(key)), None)
             image = image.get("url") if isinstance(image, dict) and "url" in image else image
             images += [] if image is None else [image]
             words.append(PLACEHOLDER)
+        elif part.get("text") is not None:
+            words.append(_as_text(part["text"]))
         elif "bbox_2d" in part or "Position" in part:
             return _as_text(content)
         else:

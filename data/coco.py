@@ -7,15 +7,17 @@ category it is not asked for. Segmentations and keypoints are not read.
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from data.ask import Ask
+from data.ask import Ask, check_names
 from data.folders import SPLITS
 from data.rows import Fault, Rows
 
+OTHERS = ("captions", "person_keypoints", "stuff", "panoptic")  # of the same images
 PARTS = ("images", "annotations", "categories")
 NOTHING = "<answer>No Objects</answer>"
 
@@ -27,19 +29,22 @@ def find(path: Path) -> dict[str, Path]:
     """
     if path.is_file():
         return {"train": path} if path.suffix == ".json" and is_coco(path) else {}
-    files = [
-        f for where in ("*", "annotations/*", "*/*") for f in sorted(path.glob(f"{where}.json"))
-    ]
-    files = [file for file in dict.fromkeys(files) if is_coco(file)]
-    instances = [file for file in files if file.stem.startswith("instances")]
+    files = sorted(path.glob("*.json"))
+    for folder in sorted(path.iterdir()) if path.is_dir() else []:
+        if folder.name == "annotations" or folder.name.lower() in SPLITS:
+            files += sorted(folder.glob("*.json"))
+    files = [file for file in files if is_coco(file)]
+    if any(file.stem.startswith("instances") for file in files):
+        files = [file for file in files if not file.stem.startswith(OTHERS)]
     found: dict[str, Path] = {}
-    for file in instances or files:
-        split = split_name(file) if len(instances or files) > 1 else split_name(file) or "train"
+    for file in files:
+        split = split_name(file) if len(files) > 1 else "train"
         if split is None or split in found:
+            other = found.get(split) or next(f for f in files if f != file)
             raise ValueError(
-                f"{path}: {file.name} and {next(iter(found.values()), file).name} are annotation "
-                f"files; name them instances_train.json and instances_test.json, or give "
-                f"--dataset_name one of them"
+                f"{path}: {file.relative_to(path)} and {other.relative_to(path)} are annotation "
+                f"files, and their names do not tell which split each is; call them "
+                f"instances_train.json and instances_test.json, or give --dataset_name one of them"
             )
         found[split] = file
     return found
@@ -57,14 +62,19 @@ def split_name(file: Path) -> str | None:
 
 def is_coco(file: Path) -> bool:
     """Whether the file is a JSON object with the parts of a COCO detection file."""
-    with file.open("rb") as start:
-        if not start.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
-            return False
     try:
-        content = _content(file)
-    except ValueError:  # whoever reads it next says what is wrong
+        content = _content(file) if begins_with(file, b"{") else None
+    except (ValueError, RecursionError, OSError):  # whoever reads it next says what is wrong
         return False
-    return all(isinstance(content.get(part), list) for part in PARTS)
+    return content is not None and all(isinstance(content.get(part), list) for part in PARTS)
+
+
+def begins_with(file: Path, mark: bytes) -> bool:
+    """Whether the first character of a text file is `mark`: what kind of JSON it is."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as start:
+        return start.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(mark)
 
 
 def _content(file: Path) -> dict:
@@ -86,20 +96,25 @@ def read(file: Path, ask: Ask) -> Rows:
 
 
 def image_folder(content: dict, file: Path) -> Path:
-    """Where the first image lies: beside the file, in a folder there, or in one beside its folder.
+    """Where most of the first images lie: beside the file, in a folder there, or in one beside its
+    folder.
 
     Raises ValueError naming the folders that were looked at.
     """
-    name = str(content["images"][0].get("file_name", ""))
-    split = file.stem.removeprefix("instances_")
-    roots = [file.parent, file.parent.parent]
-    tried = [root / inside for root in roots for inside in ("", "images", split, f"images/{split}")]
-    for folder in tried:
-        if (folder / name).is_file():
-            return folder
-    raise ValueError(
-        f"{file}: its first image, {name!r}, is in none of {', '.join(map(str, tried))}"
-    )
+    names = [_file_name(entry) for entry in content["images"][:20]]
+    inside = ("", "images", "data", file.stem.removeprefix("instances_"), split_name(file) or "")
+    inside += tuple(f"images/{name}" for name in inside[3:])
+    roots = (file.parent, file.parent.parent)
+    tried = list(dict.fromkeys(root / folder for root in roots for folder in inside))
+    found = [sum((folder / name).is_file() for name in names) for folder in tried]
+    if not any(found):
+        listed = ", ".join(map(str, tried))
+        raise ValueError(f"{file}: its first image, {names[0]!r}, is in none of {listed}")
+    return tried[found.index(max(found))]
+
+
+def _file_name(entry: dict) -> str:
+    return str(entry.get("file_name", "")).replace("\\", "/")
 
 
 def rows_of(content: dict, where, ask: Ask) -> Rows:
@@ -112,12 +127,14 @@ def rows_of(content: dict, where, ask: Ask) -> Rows:
     images, names = _by_id(content, "images", where), _by_id(content, "categories", where)
     shown: dict[tuple, list[dict]] = defaultdict(list)
     for annotation in content["annotations"]:
+        if not isinstance(annotation, dict):
+            raise ValueError(f"{where}: {str(annotation)[:80]!r} is no annotation")
         place = annotation.get("image_id"), annotation.get("category_id")
         for number, known, what in zip(place, (images, names), ("image", "category"), strict=True):
-            if number not in known:
+            if not isinstance(number, int | str) or number not in known:
                 raise ValueError(
-                    f"{where}: annotation {annotation.get('id')} is of {what} {number}, which the "
-                    f"file does not have"
+                    f"{where}: annotation {annotation.get('id')} is of {what} {number!r}, which "
+                    f"the file does not have"
                 )
         shown[place].append(annotation)
     if not shown:
@@ -126,18 +143,24 @@ def rows_of(content: dict, where, ask: Ask) -> Rows:
     used = {category for _, category in boxed}
     called = {number: str(entry.get("name", number)) for number, entry in names.items()}
     asked = [number for number in names if number in used]
+    check_names([called[number] for number in asked], f"{where}: the categories")
+    if not boxed:
+        raise ValueError(f"{where}: all boxes are crowds, so there is nothing to find")
+    numbers = [n for a in content["annotations"] if _is_box(a.get("bbox")) for n in a["bbox"]]
+    if numbers and max(numbers) <= 1:
+        raise ValueError(f"{where}: no coordinate is above 1; boxes must count pixels, not shares")
     absent = _absent(images, asked, shown, round(share_of(len(boxed), ask.absent_share)))
     order = [(i, c) for i in images for c in asked if (i, c) in boxed or (i, c) in absent]
-    table, faults, clipped = [], [], 0
+    table, faults, clipped, twice = [], [], 0, 0
     for index, (image, category) in enumerate(order):
         entry, found = images[image], shown.get((image, category), [])
         size = entry.get("width"), entry.get("height")
-        solution, wrong, cut = _solution([a for a in found if not _is_crowd(a)], size)
-        clipped += cut
+        solution, wrong, cut, same = _solution([a for a in found if not _is_crowd(a)], size)
+        clipped, twice = clipped + cut, twice + same
         problem = ask.boxes_problem(called[category])
         place = {"image_id": image, "category_id": category, "category": called[category]}
         place |= {"annotations": found, "size": size}
-        row = {"image": entry.get("image") or entry.get("file_name")}
+        row = {"image": entry.get("image") or _file_name(entry)}
         table.append(row | {"problem": problem, "solution": solution, "place": place})
         if wrong:
             todo = "correct the annotation, or remove it"
@@ -154,6 +177,10 @@ def rows_of(content: dict, where, ask: Ask) -> Rows:
     unused = [called[c] for c in names if c not in used]
     if crowds:
         rows.said.append(f"{crowds} crowd boxes are left out")
+    if twice:
+        rows.said.append(f"{twice} boxes are there twice, and are asked for once")
+    if all(called[number].isdigit() for number in asked):
+        rows.said.append("the categories have numbers for names, so the prompt asks for numbers")
     if clipped:
         rows.said.append(f"{clipped} boxes reach out of their image and are clipped to it")
     if unused:
@@ -165,9 +192,11 @@ def _by_id(content: dict, part: str, where) -> dict:
     found = {}
     for entry in content[part]:
         number = entry.get("id") if isinstance(entry, dict) else None
-        if number is None or number in found:
+        if not isinstance(number, int | str) or number in found:
             raise ValueError(f"{where}: {part}: {str(entry)[:80]!r} has no id of its own")
         found[number] = entry
+    if len({type(number) for number in found}) > 1:
+        raise ValueError(f"{where}: {part}: some ids are numbers and some are text")
     return found
 
 
@@ -201,17 +230,16 @@ def _chance(*words) -> str:
     return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
 
 
-def _solution(annotations: list[dict], size: tuple) -> tuple[str, str, int]:
-    """(solution in pixels, what is wrong or "", boxes clipped) of the boxes [x, y, width, height]
-    in an image of this (width, height)."""
+def _solution(annotations: list[dict], size: tuple) -> tuple[str, str, int, int]:
+    """(solution in pixels, what is wrong or "", boxes clipped, boxes that are there twice) of the
+    boxes [x, y, width, height] in an image of this (width, height)."""
     boxes, clipped = [], 0
-    if not all(isinstance(side, int | float) and side > 0 for side in size):
-        return NOTHING, f"width and height are {size[0]} and {size[1]}", 0
+    if not all(_is_number(side) and side > 0 for side in size):
+        return NOTHING, f"width and height are {size[0]} and {size[1]}", 0, 0
     for annotation in annotations:
-        box = annotation.get("bbox")
-        numbers = isinstance(box, list | tuple) and len(box) == 4
-        if not numbers or not all(isinstance(n, int | float) for n in box):
-            return NOTHING, f"annotation {annotation.get('id')} has the bbox {str(box)[:80]}", 0
+        box, name = annotation.get("bbox"), f"annotation {annotation.get('id')}"
+        if not _is_box(box):
+            return NOTHING, f"{name} has the bbox {str(box)[:80]}, not four numbers", 0, 0
         x, y, w, h = box
         wide = (x, y, x + w, y + h)
         corners = [
@@ -219,11 +247,21 @@ def _solution(annotations: list[dict], size: tuple) -> tuple[str, str, int]:
             for n, side in zip(wide, (*size, *size), strict=True)
         ]
         if corners[2] <= corners[0] or corners[3] <= corners[1]:
-            found = f"annotation {annotation.get('id')}, bbox {box}: no area inside the image"
-            return NOTHING, found, 0
+            return NOTHING, f"{name}, bbox {box}: no area inside the image", 0, 0
         clipped += any(abs(a - b) > 1e-3 for a, b in zip(wide, corners, strict=True))
         boxes.append(f"{{'Position': {[_short(n) for n in corners]}, 'Confidence': 1.0}}")
-    return f"<answer>[{', '.join(boxes)}]</answer>" if boxes else NOTHING, "", clipped
+    own = list(dict.fromkeys(boxes))
+    solution = f"<answer>[{', '.join(own)}]</answer>" if own else NOTHING
+    return solution, "", clipped, len(boxes) - len(own)
+
+
+def _is_box(box) -> bool:
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
+
+
+def _is_number(value) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _short(number: float) -> int | float:

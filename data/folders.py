@@ -1,11 +1,14 @@
 """Photographs in class folders: `photos/tulip/a.jpg`, or `photos/train/tulip/a.jpg`."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from data.ask import Ask
+from data.ask import Ask, check_names
 from data.rows import Rows
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES += (".heic", ".heif", ".avif")
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -18,10 +21,30 @@ SPLITS = {
 
 
 def find(path: Path) -> dict[str, Path]:
-    """Split -> the folder of its class folders; nothing if `path` has no folder of photographs."""
+    """Split -> the folder of its class folders; nothing if `path` has no folder of photographs.
+
+    Raises ValueError if some folders are splits and others are not, or if two are one split.
+    """
     inside = folders(path) if path.is_dir() else []
-    if inside and all(folder.name.lower() in SPLITS and folders(folder) for folder in inside):
-        return {SPLITS[folder.name.lower()]: folder for folder in inside}
+    found: dict[str, Path] = {}
+    for folder in inside:
+        split = SPLITS.get(folder.name.lower())
+        if split is None or not folders(folder):
+            continue
+        if split in found:
+            raise ValueError(
+                f"{path}: {found[split].name} and {folder.name} are one split; keep one"
+            )
+        found[split] = folder
+    others = [f.name for f in inside if f not in found.values() and photographs(f)]
+    if found and others:
+        first = next(iter(found.values()))
+        raise ValueError(
+            f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
+            f"folders: move it away, or give --dataset_name {first}"
+        )
+    if found:
+        return found
     return {"train": path} if any(photographs(folder) for folder in inside) else {}
 
 
@@ -48,6 +71,7 @@ def read(path: Path, ask: Ask, classes: list[str] | None = None) -> Rows:
             f"nothing to tell apart: make a folder for each class"
         )
     names = {folder: class_name(folder) for folder in found}
+    check_names(list(names.values()), f"{path}: the class folders")
     problem = ask.class_problem(classes or list(names.values()))
     table = [
         {"image": str(file.relative_to(path)), "problem": problem, "solution": names[folder]}
@@ -57,17 +81,10 @@ def read(path: Path, ask: Ask, classes: list[str] | None = None) -> Rows:
     rows = Rows(table, path)
     rows.worded = True
     rows.said = [f"{len(found)} classes, {len(table)} photographs: {', '.join(names.values())}"]
-    others = [f for folder in found for f in folder.rglob("*") if f.is_file()]
-    others = [f for f in others if f.suffix.lower() not in SUFFIXES and f.name[0] != "."]
+    others = [f for folder in found for f in files(folder) if not is_photograph(f)]
     if others:
         listed = ", ".join(f.name for f in others[:5])
-        rows.said.append(f"{len(others)} files that are no photographs are left out: {listed}")
-    twice = {}
-    for folder, name in names.items():
-        twice.setdefault(name.casefold(), []).append(folder.name)
-    for alike in twice.values():
-        if len(alike) > 1:
-            raise ValueError(f"{path}: {' and '.join(alike)} are one class; join the folders")
+        rows.said.append(f"left out as they are no photographs: {listed} ({len(others)} in all)")
     return rows
 
 
@@ -84,7 +101,25 @@ def folders(path: Path) -> list[Path]:
 
 
 def photographs(path: Path, deep: bool = True) -> list[Path]:
-    """Files with the suffix of an image, in folders inside too if `deep`; no hidden ones."""
-    files = path.rglob("*") if deep else path.glob("*")
-    found = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
-    return sorted(f for f in found if not f.name.startswith("."))
+    """Files with the suffix of an image, in folders inside too if `deep`."""
+    return [file for file in files(path, deep) if is_photograph(file)]
+
+
+def is_photograph(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
+
+
+def files(path: Path, deep: bool = True) -> list[Path]:
+    """All files in a folder that are not hidden, sorted; links are followed, and broken ones are
+    files that data/check.py will miss."""
+    return sorted(_walk(path, deep))
+
+
+def _walk(path: Path, deep: bool) -> Iterator[Path]:
+    seen = set()
+    for folder, inside, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        again = real in seen  # a link to a folder above
+        seen.add(real)
+        inside[:] = [name for name in inside if name[0] != "." and deep and not again]
+        yield from (Path(folder, name) for name in names if name[0] != "." and not again)

@@ -8,6 +8,7 @@ told by looking: COCO annotations (data/coco.py), tables (data/virft.py), class 
 import hashlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +38,7 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
         )
     try:
         if dataset_name in DEMOS:
-            rows = _demo(dataset_name, split)
+            rows = Rows(_demo(dataset_name, split), Path())
         elif not _is_local(path):
             rows = virft.read_hub(dataset_name, split, ask)
         elif form(path) == "coco":
@@ -76,7 +77,9 @@ def read_splits(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
         )
     if test_split:
-        return train, load(dataset_name, test_split, ask)
+        held_out = load(dataset_name, test_split, replace(ask, corners=train.corners))
+        train.said += [f"held out: {line}" for line in held_out.said]
+        return train, held_out
     share = SHARE * train.worded if test_share is None else test_share
     return hold_out(train, share) if share else (train, train.pick([]))
 
@@ -96,12 +99,20 @@ def splits(dataset_name: str) -> list[str]:
 
 def form(path: Path) -> str:
     """ "coco", "folders" or "tables": what a file or folder is."""
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if not saved and coco.find(path):
-        return "coco"
-    if saved or virft.has_tables(path) or not folders.find(path):
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return "tables"
-    return "folders"
+    kinds = {"coco": coco.find(path), "tables": virft.has_tables(path)}
+    found = [kind for kind, there in kinds.items() if there]
+    if path.is_file():
+        return found[0]
+    if len(found) == 2:
+        raise ValueError(
+            f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
+            f"the files, such as {next(iter(kinds['coco'].values()))}"
+        )
+    if found and found[0] == "tables":
+        return "tables"
+    return found[0] if found else "folders" if folders.find(path) else "tables"
 
 
 def _is_local(path: Path) -> bool:
@@ -117,13 +128,13 @@ def _is_local(path: Path) -> bool:
 
 
 @cache
-def _demo(dataset_name: str, split: str) -> Rows:
+def _demo(dataset_name: str, split: str) -> list[dict]:
     rows = DEMOS[dataset_name](split, DEMO_ROWS[split])
     for row in rows:
         buffer = BytesIO()
         row["image"].save(buffer, "PNG")
         row["image"] = {"bytes": buffer.getvalue()}
-    return Rows(rows, Path())
+    return rows
 
 
 def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
@@ -133,39 +144,46 @@ def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     image keeps it to train on.
     """
     with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(_keys, (rows[i] for i in range(len(rows)))))
-    classes: dict[str, set] = defaultdict(set)
-    for i in range(len(rows)):
+        facts = list(pool.map(lambda i: _facts(rows[i]), range(len(rows))))
+    first: dict[str, int] = {}  # image -> the first row that has it, or that shares images with it
+    together: dict[int, list[int]] = {}
+    for i, (keys, _) in enumerate(facts):
+        linked = {first[key] for key in keys if key in first}
+        root = min(linked, default=i)
+        members = [i]
+        for other in linked - {root}:
+            members += together.pop(other)
+        together.setdefault(root, []).extend(members)
+        for member in members:
+            first |= dict.fromkeys(facts[member][0], root)
+    classes: dict[str, list[int]] = defaultdict(list)
+    for root in together:
         one_class = rows.worded and rows.asks_in is None
-        classes[rows[i].solution if one_class else ""] |= set(keys[i])
-    held: set = set()
-    for images in classes.values():
-        order = sorted(images, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+        classes[facts[root][1] if one_class else ""].append(root)
+    held: set[int] = set()
+    for roots in classes.values():
+        smallest = {r: min(key for i in together[r] for key in facts[i][0]) for r in roots}
+        order = sorted(roots, key=lambda r: hashlib.sha256(smallest[r].encode()).hexdigest())
         count = round(share * len(order)) or int(share > 0)
-        held |= set(order[: count if share == 1 else min(count, len(order) - 1)])
-    sides = [[], []]
-    while True:  # a row with one image held out is held out, and so are its other images
-        more = {key for row in keys if held & set(row) for key in row} - held
-        if not more:
-            break
-        held |= more
-    for i, row in enumerate(keys):
-        sides[bool(held & set(row))].append(i)
+        held |= {i for root in order[: min(count, len(order) - 1)] for i in together[root]}
+    sides = [[i for i in range(len(rows)) if (i in held) == side] for side in (False, True)]
     parts = [rows.pick(side) for side in sides]
     for part, side in zip(parts, sides, strict=True):
         place = {old: new for new, old in enumerate(side)}
         part.faults = [
             Fault(place[f.row], f.where, f.found, f.todo) for f in rows.faults if f.row in place
         ]
+    parts[1].name = f"{rows.name}, what is held out of it"
     parts[0].said = [
         *rows.said,
-        f"held out are {len(sides[1])} of {len(rows)} rows, chosen by their images (--test_share)",
+        f"{len(sides[1])} of {len(rows)} rows are held out, chosen by their images (--test_share)",
     ]
     return parts[0], parts[1]
 
 
-def _keys(row) -> tuple[str, ...]:
+def _facts(row) -> tuple[tuple[str, ...], str]:
+    """(image keys, solution) of a row."""
     try:
-        return row.keys
+        return row.keys or (f"row {row.index}",), row.solution
     except (ValueError, TypeError):  # a fault of the row, which data/check.py names
-        return (f"row {row.index}",)
+        return (f"row {row.index}",), row.solution

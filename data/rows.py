@@ -86,7 +86,8 @@ class Rows(Sequence):
         self.name, self.said, self.worded, self.asks_in = "", [], False, None
         self.sizes: list[list[tuple[int, int]]] = []
         self.faults: list[Fault] = []
-        self.ask = None
+        self.content: set[str] = set()  # keys of all images, once checked
+        self.ask, self.corners = None, None  # corners: how boxes of `objects` were read
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,6 +102,8 @@ class Rows(Sequence):
         images = images if isinstance(images, list | tuple) else (images,)
         images = tuple(self._image(image) for image in images)
         solution = row.get("solution")
+        if isinstance(solution, list) and all(isinstance(n, int | float) for n in solution):
+            solution = str(solution)  # a box, as some sets for grounding have it
         if isinstance(solution, str) and (thought := THOUGHT.match(solution)):
             solution = solution[thought.end() :]
         known = row.get("fault", ""), row.get("place")

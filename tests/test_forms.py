@@ -145,7 +145,7 @@ def test_what_class_folders_must_be(drawings, tmp_path):
     (folder / "Thumbs.db").write_text("x")
     (folder / ".DS_Store").write_text("x")
     assert load(str(photos), "train").said[1] == (
-        "1 files that are no photographs are left out: Thumbs.db"
+        "left out as they are no photographs: Thumbs.db (1 in all)"
     )
     (photos / "empty").mkdir()
     with pytest.raises(ValueError, match="no photograph in empty; remove the folder"):
@@ -162,7 +162,7 @@ def test_what_class_folders_must_be(drawings, tmp_path):
     assert "Tall Flower" in load(str(photos), "train").said[0]
     (photos / "tall flower").mkdir()
     draw(SPECIES[0], "test/0").save(photos / "tall flower" / "a.png")
-    with pytest.raises(ValueError, match="Tall_Flower and tall flower are one class"):
+    with pytest.raises(ValueError, match="'Tall Flower' and 'tall flower' count as one name"):
         load(str(photos), "train")
     with pytest.raises(ValueError, match="--prompt_template has no effect here"):
         load(str(drawings), "train", Ask(template="x"))
@@ -193,7 +193,7 @@ def test_a_row_is_held_out_with_all_its_images():
     table = [{"images": [bytes([i]), bytes([i + 1])], "problem": "p"} for i in range(6)]
     rows = Rows([{**row, "solution": "s"} for row in table], None)
     one, other = hold_out(rows, 0.2)
-    assert {len(one), len(other)} == {0, 6}
+    assert (len(one), len(other)) == (6, 0), "one group, which stays to train on"
 
 
 # ---- COCO ---------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_an_annotation_file_is_a_row_for_each_category_in_an_image(tmp_path):
         "1 crowd boxes are left out",
         "never asked for, as no box is of them: eel",
     ]
-    assert len(load(str(tmp_path), "validation", Ask())) == 3
+    assert len(load(str(tmp_path), "train", Ask())) == 3
     again = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.4))
     assert [row.place for row in again] == [row.place for row in rows]
 
@@ -250,12 +250,12 @@ def test_an_annotation_file_is_a_row_for_each_category_in_an_image(tmp_path):
 @pytest.mark.parametrize("frame, form", [("thousandths", "Position"), ("resized", "bbox_2d")])
 def test_boxes_are_asked_for_as_the_family_was_taught(tmp_path, frame, form):
     annotated(tmp_path)
-    rows = load(str(tmp_path), "validation", Ask(frame=frame, form=form))
+    rows = load(str(tmp_path), "train", Ask(frame=frame, form=form))
     assert rows.asks_in == frame and form in rows[0].problem and "category 'cat'" in rows[0].problem
     assert ("thousandths" in rows[0].problem) == (frame == "thousandths")
     with pytest.raises(ValueError, match="without {category} it does not say what to find"):
-        load(str(tmp_path), "validation", Ask(template="Find it"))
-    asked = load(str(tmp_path), "validation", Ask(template="Find {category} in {coordinates}"))
+        load(str(tmp_path), "train", Ask(template="Find it"))
+    asked = load(str(tmp_path), "train", Ask(template="Find {category} in {coordinates}"))
     assert asked[0].problem.startswith("Find cat in thousandths of the image")
 
 
@@ -266,10 +266,10 @@ def test_bad_annotations_are_named(tmp_path):
     content["annotations"][3]["bbox"] = [1, 2, 3]
     content["images"][1]["width"] = 300
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
-    flags = {"dataset_train_split": "validation", "test_share": 0.0}
+    flags = {"test_share": 0.0}
     with pytest.raises(ValueError) as error:
         splits_of(tmp_path, train_det, **flags, absent_share=0.0)
-    rows = load(str(tmp_path), "validation")
+    rows = load(str(tmp_path), "train")
     assert "3 bad rows" in str(error.value)
     for found in (
         "row 0 (0.jpg): annotation 1, bbox [40, 30, 0, 60]: no area inside the image",
@@ -282,7 +282,7 @@ def test_bad_annotations_are_named(tmp_path):
     content["annotations"][0]["image_id"] = 77
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="annotation 1 is of image 77, which the file does not"):
-        load(str(tmp_path), "validation")
+        load(str(tmp_path), "train")
 
 
 def answers_by_chance(rows, frames, seed=0) -> list[str]:
@@ -318,7 +318,7 @@ def test_results_go_straight_into_anyone_s_cocoeval(tmp_path, held_out):
             number = len(content["annotations"]) + 1
             content["annotations"].append({"id": number, **place, "bbox": box, "area": 6300})
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
-    flags = {"dataset_train_split": "validation", "test_share": 0.4 if held_out else 0.0}
+    flags = {"test_share": 0.4 if held_out else 0.0}
     parts = splits_of(tmp_path, train_det, **flags)
     rows = parts[held_out]
     config = train_det.Config(dataset_name=str(tmp_path), **flags)
@@ -382,7 +382,7 @@ def test_objects_with_boxes_are_what_a_coco_file_would_be(tmp_path, corners):
     table = datasets.Dataset.from_dict({"image": files, "objects": objects}, features)
     table.save_to_disk(tmp_path / "hub")
     found = load(str(tmp_path / "hub"), "train")
-    expected = load(str(tmp_path / "coco"), "validation")
+    expected = load(str(tmp_path / "coco"), "train")
     assert contents(found) == contents(expected)
     form = "two corners" if corners else "x, y, width, height"
     assert found.said[-1] == f"boxes are taken to be {form}, in pixels"

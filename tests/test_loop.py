@@ -74,7 +74,7 @@ def test_the_loop_fits_a_screen_or_two():
 def test_files_and_functions_stay_short(path):
     """A page that reads well may be longer: then raise the limit, and say why."""
     text = path.read_text()
-    assert len(text.splitlines()) <= 370
+    assert len(text.splitlines()) <= 385  # grpo/run/run.py: a run from its start to its end
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name != "train":
             assert node.end_lineno - node.lineno < 95, node.name
