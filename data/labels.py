@@ -115,7 +115,8 @@ def _pairs(found, boxes: str, label: str, row: int) -> list[tuple]:
 
 
 def _image(table, column: str, index: int):
-    return table.with_format("arrow")[index].to_pylist()[0][column]
+    image = table.with_format("arrow")[index].to_pylist()[0][column]
+    return image[0] if isinstance(image, list) and len(image) == 1 else image
 
 
 def _sizes(table, column: str) -> list[tuple[int, int]]:
