@@ -15,6 +15,7 @@ import yaml
 from grpo.run.config import TrainingConfig
 from grpo.run.exits import StopSignal
 from grpo.run.flags import ELSEWHERE, parse_config
+from grpo.run.folder import check_output
 from models.generate import Sampling
 from tests.runs import ROOT
 
@@ -211,6 +212,29 @@ def test_what_adapters_have_no_use_for_is_refused(flag):
         parse(*NEEDED, "--use_peft", *flag)[0].check_effects(1)
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("none wandb", "none wandb: name each once, or none alone"),
+        ("tensorboard none", "none alone"),
+        ("wandb wandb", "each once"),
+        ("mlflow", "invalid choice: 'mlflow'"),
+    ],
+)
+def test_names_of_trackers_that_do_not_go_together(names, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*NEEDED, "--report_to", *names.split())
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    assert parse(*NEEDED)[0].trackers == parse(*NEEDED, "--report_to", "none")[0].trackers == []
+    config, _ = parse(*NEEDED, "--report_to", "tensorboard", "trackio")
+    assert config.trackers == ["tensorboard", "trackio"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else 1)
+    with pytest.raises(ValueError, match="--report_to trackio: pip install trackio"):
+        check_output(tmp_path / "run", False, config.report_to)
+
+
 def test_flags_that_have_an_effect_are_not_refused():
     argv = ["--timeout", "9", "--shard_size", "1", "--cpu_offload", "--report_to", "tensorboard"]
     argv += ["--run_name", "x", "--dynamic_sampling", "--max_sampling_rounds", "3"]
@@ -226,6 +250,7 @@ def test_help_names_every_flag_and_default():
     text = " ".join(out.stdout.split())
     for name, value in asdict(TrainingConfig()).items():
         assert f"--{name} " in text
+        value = " ".join(value) if isinstance(value, tuple) else value
         if value is not None:
             assert f"(default: {value})" in text
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_cls
 from data.flowers import rows
+from grpo.run.trackers import verbatim
 from rewards.cls import accuracy_reward
 from tests.runs import (
     CHECKPOINT,
@@ -180,19 +181,75 @@ def test_wandb_is_told_every_reported_step(tmp_path, monkeypatch):
         told.append((name, dir, config["seed"], id))
         return run
 
-    fake.init = init
+    fake.init, fake.Image = init, lambda image: ("image", image.size)
+    fake.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     options = ["--run_name", "poppy", "--logging_steps", "1"]
     train(tmp_path / "run", *SHORT, "--report_to", "wandb", *options)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert told[0] == ("poppy", str(tmp_path / "run"), 0, None) and told[-1] == "end"
-    assert [step for step, _ in told[1:-1]] == [0, 1, 2, 2]  # an evaluation has a line of its own
-    for (_, metrics), line in zip(told[1:-1], lines, strict=True):
+    (samples,) = [metrics for _, metrics in told[1:-1] if "completions" in metrics]
+    columns, table = samples["completions"]
+    completions = read_lines(tmp_path / "run" / "completions.jsonl")
+    group = [c for c in completions if (c["step"], c["prompt"]) == (2, 0)]
+    assert columns == ["image", "problem", "truth", "completion", "accuracy", "format", "reward",
+                       "advantage"]  # fmt: skip
+    assert [row[0] for row in table] == [("image", (84, 84))] * 4
+    assert [row[2:] for row in table] == [
+        [c["truth"], c["completion"], *c["rewards"].values(), c["reward"], c["advantage"]]
+        for c in group
+    ]
+    logged = [one for one in told[1:-1] if one[1] is not samples]
+    assert [step for step, _ in logged] == [0, 1, 2, 2]  # an evaluation has a line of its own
+    for (_, metrics), line in zip(logged, lines, strict=True):
         assert metrics == {name: value for name, value in line.items() if name != "step"}
     del told[:]
     shutil.rmtree(tmp_path / "run" / "final")
     train(tmp_path / "run", "--resume_from_checkpoint", "auto", "--max_steps", "3")
     assert told[0][3] == "r1"  # goes on in the same run
+
+
+def test_several_trackers_at_once(tmp_path, monkeypatch):
+    """TensorBoard itself, and a stand-in for Trackio, which keeps its records elsewhere."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = []
+    run = types.SimpleNamespace(
+        log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end")
+    )
+    fake = types.ModuleType("trackio")
+    fake.__spec__ = importlib.machinery.ModuleSpec("trackio", None)
+    fake.init = lambda project, **rest: told.append((project, rest)) or run
+    fake.Image, fake.Table = lambda image: image.size, lambda columns, data: data
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    folder = tmp_path / "run"
+    options = ["--report_steps", "1", "--logging_steps", "1", "--save_steps", "2"]
+    lines = train(folder, *SHORT, "--report_to", "tensorboard", "trackio", *options)
+    assert told[0][0] == "grpo-vlm" and told[0][1]["resume"] == "never" and told[-1] == "end"
+    logged = [(step, metrics["reward"]) for step, metrics in told[1:-1] if "reward" in metrics]
+    assert logged == [(line["step"], line["reward"]) for line in lines[1:]]
+    tables = [metrics["completions"] for _, metrics in told[1:-1] if "completions" in metrics]
+    said = [line["completion"] for line in read_lines(folder / "completions.jsonl")[:4]]
+    assert len(tables) == 2 and [row[3] for row in tables[0]] == [f"    {text}" for text in said]
+
+    events = EventAccumulator(str(next((folder / "tensorboard").iterdir()))).Reload()
+    rewards = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert rewards == [(line["step"], pytest.approx(line["reward"])) for line in lines[1:]]
+    (text, _) = events.Tensors("completions/text_summary")
+    assert said[0] in text.tensor_proto.string_val[0].decode() and text.step == 1
+    assert len(events.Images("completions/image")) == 2
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["report_to"] == ["tensorboard", "trackio"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"report_to": "none"}))  # as before
+    del told[:]
+    assert len(train(folder, "--resume_from_checkpoint", "auto", "--max_steps", "3")) == 4
+    assert told == []
+
+
+def test_what_a_model_wrote_stays_text_in_markdown():
+    text = "a\n# b\n<script>\x00</script>\ud800"
+    assert verbatim(text) == "    a\n    # b\n    <script>\\x00</script>\\ud800"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

@@ -1,0 +1,160 @@
+"""The trackers of --report_to: TensorBoard, Weights & Biases, Trackio.
+
+Each has `log(metrics)`, `samples(step, table)` and `close()`. A resumed run continues its record.
+Not here: which steps are sent (grpo/run/run.py).
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.images import open_image
+from grpo.reward import Record
+
+SHOWN = 8  # completions of a table, all of one group
+SIDE = 320  # pixels of its image
+
+
+@dataclass(frozen=True)
+class Table:
+    """Completions of one group: its prompt, its image (None if it cannot be read), a row each."""
+
+    problem: str
+    image: Image.Image | None
+    columns: list[str]
+    rows: list[list]
+
+
+def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) -> Table:
+    """The first completions of a group, with every reward. row: of the data set."""
+    try:
+        image = open_image(row.images[0])
+        image.thumbnail((SIDE, SIDE))
+    except ValueError:  # it was there when the prompt was encoded: a table is no reason to stop
+        image = None
+    columns = ["truth", "completion", *records[0].rewards, "reward", "advantage"]
+    rows = [
+        [r.truth, r.completion, *r.rewards.values(), r.reward, float(advantage)]
+        for r, advantage in zip(records, advantages, strict=True)
+    ]
+    return Table(row.problem, image, columns, rows[:SHOWN])
+
+
+def verbatim(text: str) -> str:
+    """A text for a place that reads Markdown, as a block of code: what a model wrote stays text."""
+    lines = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return "\n".join(f"    {line}" for line in lines.splitlines())
+
+
+class TensorBoard:
+    """Event files in the run's folder; samples as text and image."""
+
+    package = "tensorboard"
+
+    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        again = None if resumed_step is None else resumed_step + 1  # what came later is hidden
+        self._writer = SummaryWriter(str(path / "tensorboard" / name), purge_step=again)
+
+    def log(self, metrics: dict) -> None:
+        for key, value in metrics.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, metrics["step"])
+
+    def samples(self, step: int, table: Table) -> None:
+        parts = [verbatim(table.problem)]
+        for values in table.rows:
+            cells = dict(zip(table.columns, values, strict=True))
+            completion, truth = cells.pop("completion"), cells.pop("truth")
+            numbers = ", ".join(f"{name} {value:.3g}" for name, value in cells.items())
+            parts.append(f"{numbers}; truth:\n\n{verbatim(truth)}\n\n{verbatim(completion)}")
+        self._writer.add_text("completions", "\n\n---\n\n".join(parts), step)
+        if table.image is not None:
+            import numpy as np
+
+            pixels = np.asarray(table.image)
+            self._writer.add_image("completions/image", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose id the run's folder keeps; samples as a table."""
+
+    package = "wandb"
+
+    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
+        import wandb
+
+        file = path / "wandb_id"
+        known = file.read_text() if resumed_step is not None and file.exists() else None
+        self._wandb = wandb
+        self._run = wandb.init(name=name, dir=str(path), config=config, id=known, resume="allow")
+        file.write_text(self._run.id)
+
+    def log(self, metrics: dict) -> None:
+        values = {k: v for k, v in metrics.items() if k != "step"}
+        self._run.log(values, step=metrics["step"])
+
+    def samples(self, step: int, table: Table) -> None:
+        image = table.image and self._wandb.Image(table.image)
+        rows = [[image, table.problem, *values] for values in table.rows]
+        columns = ["image", "problem", *table.columns]
+        self._run.log({"completions": self._wandb.Table(columns=columns, data=rows)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of Trackio, on this machine unless its own variables say otherwise; samples as a table.
+
+    $TRACKIO_PROJECT names the project.
+    """
+
+    package = "trackio"
+
+    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
+        import trackio
+
+        project = os.environ.get("TRACKIO_PROJECT", "grpo-vlm")
+        resume = "never" if resumed_step is None else "allow"
+        self._trackio = trackio
+        self._run = trackio.init(project, name=name, config=config, resume=resume, embed=False)
+
+    def log(self, metrics: dict) -> None:
+        values = {k: v for k, v in metrics.items() if k != "step" and v is not None}
+        self._run.log(values, step=metrics["step"])
+
+    def samples(self, step: int, table: Table) -> None:
+        image = table.image and self._trackio.Image(table.image)
+        texts = [[verbatim(v) if isinstance(v, str) else v for v in row] for row in table.rows]
+        rows = [[image, verbatim(table.problem), *values] for values in texts]
+        columns = ["image", "problem", *table.columns]
+        self._run.log({"completions": self._trackio.Table(columns=columns, data=rows)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ValueError naming the first of --report_to whose package is not installed."""
+    for name in names:
+        if name != "none" and importlib.util.find_spec(TRACKERS[name].package) is None:
+            raise ValueError(f"--report_to {name}: pip install {name}")
+
+
+def open_trackers(
+    names: list[str], path: Path, name: str, config: dict, resumed_step: int | None
+) -> list:
+    """The trackers `names` of the run in `path`, called `name`."""
+    return [TRACKERS[n](path, name, config, resumed_step) for n in names if n != "none"]
