@@ -50,6 +50,7 @@ def made_run(folder: Path, texts=("an answer",), steps: int = 3, group: int = 4,
     step. texts: what everything says, in turns."""
     folder.mkdir(parents=True)
     config = {"dataset_name": "nowhere/data.json", "max_steps": steps, "seed": 1, **config}
+    config |= {"reward_weights": [1.0, 0.5], "bf16": True}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     (folder / "run.json").write_text(json.dumps({"steps": steps, "frames": None}))
 
@@ -387,6 +388,8 @@ def test_several_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert charts["eval/accuracy"][0]["x"] == [0, 3]
     assert re.search(r'class="differs"><th scope="row">learning_rate', page)
     assert not re.search(r'class="differs"><th scope="row">seed', page)
+    assert re.search(r'row">reward_weights</th><td>1.0 0.5</td>', page)
+    assert re.search(r'row">bf16</th><td>true</td>', page)
     monkeypatch.setattr(sys, "argv", ["report", str(one), str(one), "--output", "both.html"])
     command.main()
     assert (tmp_path / "both.html").is_file(), "runs of one name are told apart by their folders"

@@ -63,7 +63,7 @@ def run_page(run: RunRecord) -> str:
         groups=groups,
         all_groups=len(completions.groups),
         notes=album.notes,
-        settings=[(name, [value]) for name, value in run.config.items()],
+        settings=[(name, [flag_text(value)], False) for name, value in run.config.items()],
     )
 
 
@@ -73,8 +73,9 @@ def comparison_page(runs: list[RunRecord]) -> str:
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
     flags = dict.fromkeys(name for run in runs for name in run.config)
-    settings = [(name, [run.config.get(name) for run in runs]) for name in flags]
-    settings.sort(key=lambda line: all(value == line[1][0] for value in line[1]))  # stable
+    texts = [(name, [flag_text(run.config.get(name)) for run in runs]) for name in flags]
+    settings = [(name, values, len(set(values)) > 1) for name, values in texts]
+    settings.sort(key=lambda line: not line[2])  # stable: else the order of the file
     return _render(
         title=f"{len(runs)} runs",
         runs=runs,
@@ -152,6 +153,15 @@ def number(value) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.4g}"
+
+
+def flag_text(value) -> str:
+    """A flag's value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(flag_text, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
 
 
 def _csp_hash(script: str) -> str:
