@@ -24,7 +24,7 @@ from data.rows import Fault
 from models.processor import Processor
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
-from tests.runs import CHECKPOINT, SHARED, SHORT, read_lines, timeless, torchrun, train
+from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, read_lines, timeless, torchrun, train
 
 DETECTION = CHECKPOINT.parent.parent / "demo_det" / "checkpoint"
 
@@ -196,6 +196,69 @@ def test_a_row_is_held_out_with_all_its_images():
     assert (len(one), len(other)) == (6, 0), "one group, which stays to train on"
 
 
+def test_splits_and_classes_are_not_taken_for_each_other(drawings, tmp_path):
+    """As unpacked archives have them: an unlabelled test folder, two names for one split, links."""
+    expected = load(str(drawings), "train")
+    photos = tmp_path / "photos"
+    class_folders(expected, photos / "train")
+    (photos / "test").mkdir()
+    draw(SPECIES[0], "test/0").save(photos / "test" / "a.png")
+    with pytest.raises(ValueError, match="train has class folders, and test is no split with"):
+        load(str(photos), "train")
+    (photos / "test" / "a.png").unlink()
+    (photos / "cat_to_name.json").write_text('{"1": "rose"}')
+    assert len(load(str(photos), "train")) == 24, "a JSON that holds no rows is no data set"
+    class_folders(expected, photos / "val")
+    class_folders(expected, photos / "validation")
+    with pytest.raises(ValueError, match="val and validation are one split"):
+        load(str(photos), "train")
+
+    linked = class_folders(expected, tmp_path / "linked")
+    first, second, *_ = sorted(linked.iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    draw(SPECIES[5], "test/5").save(tmp_path / "elsewhere" / "b.PNG")
+    (first / "more").symlink_to(tmp_path / "elsewhere")
+    (first / "round").symlink_to(first)
+    (first / ".ipynb_checkpoints").mkdir()
+    draw(SPECIES[5], "test/6").save(first / ".ipynb_checkpoints" / "c.png")
+    rows = load(str(linked), "train")
+    assert len(rows) == 25 and sum(row.solution == first.name for row in rows) == 7
+    (second / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    rows, _ = splits_of(linked, test_share=0.0)
+    assert [fault.found for fault in rows.faults] == ["missing: there is no such file"]
+    (second / "gone.jpg").unlink()
+    (second / "phone.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(20))
+    rows, _ = splits_of(linked, test_share=0.0)
+    assert [fault.found for fault in rows.faults] == ["a HEIC photograph: convert it to JPEG"]
+
+
+def test_two_forms_in_a_folder_are_named(drawings, tmp_path):
+    annotated(tmp_path / "annotations")
+    (tmp_path / "train.json").write_text((drawings / "train.json").read_text())
+    with pytest.raises(ValueError, match="COCO annotations and rows in other files.*instances_val"):
+        load(str(tmp_path), "train")
+
+
+def test_a_template_must_be_one_that_can_be_filled(drawings, tmp_path):
+    photos = str(class_folders(load(str(drawings), "train"), tmp_path / "photos"))
+    with pytest.raises(ValueError, match="{class} is not filled; for this data set {classes} are"):
+        load(photos, "train", Ask(template="Is it {class}?"))
+    with pytest.raises(ValueError, match="--prompt_template is empty"):
+        load(photos, "train", Ask(template=" "))
+    flags = train_det.Config(dataset_name=str(drawings), absent_share=0.3)
+    flags.given = frozenset({"absent_share"})
+    with pytest.raises(ValueError, match="--absent_share has no effect here"):
+        load_splits(flags, Processor(DETECTION), lambda items, *_: items)
+
+
+def test_equal_images_in_both_splits_are_said(drawings, tmp_path):
+    expected = load(str(drawings), "train")
+    class_folders(expected, tmp_path / "photos" / "train")
+    class_folders(expected.pick([0, 1, 2]), tmp_path / "photos" / "test")
+    rows, _ = splits_of(tmp_path / "photos")
+    assert rows.said[-1] == "3 images are in both splits: what is held out is not new"
+
+
 # ---- COCO ---------------------------------------------------------------------------------------
 
 
@@ -283,6 +346,35 @@ def test_bad_annotations_are_named(tmp_path):
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="annotation 1 is of image 77, which the file does not"):
         load(str(tmp_path), "train")
+
+
+def test_what_annotations_cannot_be(tmp_path):
+    whole = annotated(tmp_path)
+    file = tmp_path / "instances_val.json"
+
+    def fails(found: str, **changes):
+        file.write_text(json.dumps(whole | changes))
+        with pytest.raises(ValueError, match=found):
+            load(str(file), "train")
+
+    boxes = whole["annotations"]
+    fails("no coordinate is above 1", annotations=[{**boxes[0], "bbox": [0.1, 0.2, 0.3, 0.4]}])
+    fails("all boxes are crowds", annotations=[{**box, "iscrowd": 1} for box in boxes])
+    fails("None' is no annotation|'None' is no", annotations=[None])
+    fails("is of image \\[50\\], which", annotations=[{**boxes[0], "image_id": [50]}])
+    twice = [{"id": n, "name": "cat"} for n in (5, 9)]
+    fails("'cat' and 'cat' count as one name", categories=twice)
+    fails("some ids are numbers and some are text", categories=[*twice, {"id": "x", "name": "y"}])
+    odd = [{**boxes[0], "area": None, "iscrowd": None}, {**boxes[0], "id": 99}, *boxes[1:]]
+    file.write_text(json.dumps(whole | {"annotations": odd}))
+    rows = load(str(file), "train")
+    assert rows[0].solution.count("Position") == 2
+    assert "1 boxes are there twice, and are asked for once" in rows.said
+    task = train_det.read_task(
+        train_det.Config(dataset_name="d"), [Checked(rows)], Processor(DETECTION), []
+    )
+    answers = ["[{'Position': [100, 100, 350, 300], 'Confidence': 0.9}]"] * len(rows)
+    assert average_precision(answers, rows, task.frames)[0]["eval/AP50"] >= 0
 
 
 def answers_by_chance(rows, frames, seed=0) -> list[str]:
