@@ -560,6 +560,8 @@ def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     files = [folder / "eval-0.jsonl" for folder in (tmp_path / "run", plain)]
     assert files[0].read_text() == files[1].read_text()
     assert not list((tmp_path / "run").glob("*/"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Nothing was trained (--eval_only)" in page and "Training groups" not in page
     (line,) = train(tmp_path / "drawn", *argv, "--eval_samples_per_prompt", "4")
     drawn = json.loads((tmp_path / "drawn" / "samples-0.json").read_text())
     assert [len(row) for row in drawn] == [4] * 6

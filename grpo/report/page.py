@@ -56,7 +56,7 @@ def run_page(run: RunRecord) -> str:
         names=[run.name],
         headlines=[headline(run)],
         results=results(run),
-        charts=charts_of(run),
+        charts=[] if run.status == "evaluated" else charts_of(run),
         findings=run.findings[:FINDINGS],
         more_findings=len(run.findings) - FINDINGS,
         gallery=gallery,
@@ -142,6 +142,7 @@ def _render(**content) -> str:
         hashes=" ".join(_csp_hash(script) for script in scripts),
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         most_results=RESULTS,
+        evaluated=all(run.status == "evaluated" for run in content["runs"]),
         **content,
     )
 

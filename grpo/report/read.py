@@ -36,7 +36,7 @@ class RunRecord:
     evaluations: a line per held-out evaluation. findings: (step, text) of diagnosis.txt. steps: how
     many the run wants, None if it did not say. frames: what coordinates in answers count
     (rewards/frames.py), and ask: how prompts were worded (data/ask.py); None if the run did not
-    say. status: "finished", "running" or "stopped".
+    say. status: "finished", "running", "stopped", or "evaluated" where nothing was trained.
     """
 
     folder: Path
@@ -105,7 +105,7 @@ def read_run(folder: Path) -> RunRecord:
         steps,
         about.get("frames"),
         about.get("ask"),
-        _status(folder, done, steps),
+        "evaluated" if config.get("eval_only") else _status(folder, done, steps),
     )
 
 
