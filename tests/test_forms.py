@@ -21,6 +21,8 @@ from data.flowers import SPECIES, draw
 from data.images import open_image
 from data.load import hold_out, load, splits
 from data.rows import Fault
+from grpo.report.page import run_page
+from grpo.report.read import read_run
 from models.processor import Processor
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
@@ -560,7 +562,7 @@ def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     files = [folder / "eval-0.jsonl" for folder in (tmp_path / "run", plain)]
     assert files[0].read_text() == files[1].read_text()
     assert not list((tmp_path / "run").glob("*/"))
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = run_page(read_run(tmp_path / "run"))
     assert "Nothing was trained (--eval_only)" in page and "Training groups" not in page
     (line,) = train(tmp_path / "drawn", *argv, "--eval_samples_per_prompt", "4")
     drawn = json.loads((tmp_path / "drawn" / "samples-0.json").read_text())
