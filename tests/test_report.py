@@ -3,6 +3,7 @@
 import fcntl
 import html.parser
 import json
+import os
 import random
 import re
 import shutil
@@ -203,6 +204,7 @@ DAMAGE = {
     "a group": (replaced("completions.jsonl", GROUP), "completions.jsonl, step 1, prompt 0"),
     "answers": (replaced("eval-3.jsonl", b"[]\n", 1), "eval-3.jsonl, line 1"),
     "rewards": (replaced("eval-3.jsonl", LIST + b'"tokens": 1}\n', 1), "rewards is"),
+    "frames": (lambda run: (run / "run.json").write_text('{"frames": 3}'), "run.json: damaged"),
     "run.json": (lambda run: (run / "run.json").write_text("{"), "run.json: cannot be read"),
 }
 
@@ -408,9 +410,16 @@ def test_a_report_that_fails_is_told_once(tmp_path, capfd, reports):
     assert reporter._process is first, "one at a time"
     first.wait()
     reporter.step(6)
-    assert "python -m grpo.report" in reporter.end()
+    assert "none written; try python -m grpo.report" in reporter.end()
     said = capfd.readouterr().err
     assert said.count("report.html was not written") == 1 and "no such folder" in said
+    reporter.folder = made_run(tmp_path / "none")  # there again
+    reporter.step(8)
+    assert os.sched_getscheduler(reporter._process.pid) == os.SCHED_IDLE
+    assert os.getsid(reporter._process.pid) == os.getsid(0)  # else idle counts for nothing
+    assert os.getpgid(reporter._process.pid) != os.getpgid(0)  # Ctrl-C does not reach it
+    assert reporter.end().split() == ["report", str(tmp_path / "none" / "report.html")]
+    assert (tmp_path / "none" / "report.html").stat().st_size > 1e6 and not capfd.readouterr().err
 
 
 def test_the_runs_wrote_their_reports(plain, boxes):

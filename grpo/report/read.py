@@ -94,6 +94,7 @@ def read_run(folder: Path) -> RunRecord:
     training = [line for line, held_out in zip(lines, evaluated, strict=True) if not held_out]
     about = _read_about(folder / "run.json")
     steps = about.get("steps") or config.get("max_steps")
+    steps = steps if isinstance(steps, int) else None
     done = training[-1]["step"] if training else 0
     return RunRecord(
         folder,
@@ -156,8 +157,11 @@ def _read_about(path: Path) -> dict:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path}: holds no object")
+    kinds = {"steps": int, "frames": dict | None}
+    if not isinstance(about, dict) or any(
+        not isinstance(about.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise ValueError(f"{path}: damaged, no object with {', '.join(kinds)}")
     return about
 
 

@@ -24,7 +24,7 @@ class Reporter:
         self.folder, self.every = folder, every
         self._process: subprocess.Popen | None = None
         self._errors = None  # what the process says, a file: a pipe could fill up and block it
-        self._told = False
+        self._wrote = self._told = False
 
     def step(self, step: int) -> None:
         """Starts a report in the background, if one is due and the last is done. It runs when a
@@ -37,7 +37,6 @@ class Reporter:
         if not self._is_done():  # it does not know the last steps, and may wait for an idle core
             self._process.kill()
             self._process.wait()
-            self._process = None
         self._start(idle=False)
         if self._process:
             with suppress(subprocess.TimeoutExpired):
@@ -45,14 +44,15 @@ class Reporter:
             if not self._is_done():
                 self._process.kill()
                 self._tell(f"not done after {LONGEST} seconds")
-        if self._told:
-            return f"report    python -m grpo.report {self.folder}"
-        return f"report    {self.folder / 'report.html'}"
+        if self._wrote:
+            return f"report    {self.folder / 'report.html'}"
+        return f"report    none written; try python -m grpo.report {self.folder}"
 
     def _start(self, idle: bool) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         # -P: packages of the folder that the run was started in do not stand in for ours.
         command = [sys.executable, "-P", "-m", "grpo.report", str(self.folder)]
+        self._process, self._wrote = None, False
         try:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  `_is_done` closes it
             self._process = subprocess.Popen(
@@ -61,16 +61,17 @@ class Reporter:
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is for the run
+                # Ctrl-C is for the run. (In a session of its own the process would be its own group
+                # for Linux's scheduler too, with as large a share as the training, idle or not.)
+                process_group=0,
             )
-            if idle:
+        except OSError as error:
+            return self._tell(str(error))
+        if idle:
+            with suppress(OSError):  # where it may not be set, or the process has ended already
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)
                 if hasattr(os, "SCHED_IDLE"):  # Linux
                     os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
-        except ProcessLookupError:  # it has ended already: `_is_done` says how
-            pass
-        except OSError as error:
-            self._tell(str(error))
 
     def _is_done(self) -> bool:
         """Whether no report is being written; says so if the last one failed."""
@@ -83,7 +84,7 @@ class Reporter:
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip().splitlines()
             self._tell(said[-1] if said else f"exit code {code}")
-        self._process = None
+        self._process, self._wrote = None, not code
         self._errors.close()
         return True
 
