@@ -29,9 +29,9 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
     Raises ValueError if the data set or the split does not exist (naming the splits there are),
     a file cannot be read, a column is missing, or there is no row.
     """
-    found, path = splits(dataset_name), Path(dataset_name).expanduser()
-    where = f"{dataset_name}, split {split!r}"
-    if split not in found:
+    path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
+    here = dataset_name in DEMOS or _is_local(path)
+    if here and split not in (found := splits(dataset_name)):
         raise ValueError(
             f"{dataset_name}: no split {split!r}; there is {', '.join(found) or 'none'} "
             f"(--dataset_train_split and --dataset_test_split choose)"
@@ -39,7 +39,7 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
     try:
         if dataset_name in DEMOS:
             rows = Rows(_demo(dataset_name, split), Path())
-        elif not _is_local(path):
+        elif not here:
             rows = virft.read_hub(dataset_name, split, ask)
         elif form(path) == "coco":
             rows = coco.read(coco.find(path)[split], ask)

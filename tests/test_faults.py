@@ -419,7 +419,7 @@ def test_a_folder_that_another_run_used_is_not_taken(tmp_path):
     with pytest.raises(ValueError, match="one already holds a run"):
         train(one, *SHORT)
     with pytest.raises(ValueError, match="two already holds a run"):
-        folder.RunFolder(two, SimpleNamespace(), None, "none", "x")
+        folder.RunFolder(two, SimpleNamespace(), None, "x")
 
 
 def test_a_file_system_without_locks_is_told_and_serves(tmp_path, monkeypatch, capsys):

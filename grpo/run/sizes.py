@@ -1,6 +1,7 @@
 """How many numbers the parts of a model have, by its config alone: for the memory plan."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def adapter_parameters(config: TrainingConfig, model: QwenVLConfig) -> tuple[int
     return adapters, sum(layer.weight.numel() for layer in layers)
 
 
+@cache
 def block_padding(model: QwenVLConfig) -> int:
     """Numbers that adamw_8bit adds to the rows of all matrices, to fill whole blocks."""
     with torch.device("meta"):
@@ -38,6 +40,7 @@ def block_padding(model: QwenVLConfig) -> int:
     return sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices)
 
 
+@cache
 def decoder_matrices(model: QwenVLConfig) -> int:
     """Numbers in all matrices of the decoder's layers."""
     with torch.device("meta"):
@@ -46,6 +49,7 @@ def decoder_matrices(model: QwenVLConfig) -> int:
     return matrices * model.num_hidden_layers
 
 
+@cache
 def root_and_layer(model: QwenVLConfig, parameters: int) -> tuple[int, int]:
     """Numbers outside of layers and blocks (embedding, head, the tower's ends), and in the larger
     of a layer and a block: what several ranks gather, throughout a pass and one after the other."""
@@ -54,12 +58,14 @@ def root_and_layer(model: QwenVLConfig, parameters: int) -> tuple[int, int]:
     return parameters - in_layers, max(layer, block)
 
 
+@cache
 def decoder_layer_parameters(model: QwenVLConfig) -> int:
     """Numbers in one decoder layer."""
     with torch.device("meta"):
         return sum(p.numel() for p in DecoderLayer(model).parameters())
 
 
+@cache
 def vision_block_parameters(model: QwenVLConfig) -> int:
     """Numbers in one block of the vision tower."""
     with torch.device("meta"):
