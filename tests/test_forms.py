@@ -26,7 +26,7 @@ from grpo.report.read import read_run
 from models.processor import Processor
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
-from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, read_lines, timeless, torchrun, train
+from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, read_lines, train
 
 DETECTION = CHECKPOINT.parent.parent / "demo_det" / "checkpoint"
 
@@ -575,17 +575,6 @@ def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     argv[2] = "2"
     train(tmp_path / "few", *argv, "--eval_samples_per_prompt", "4")
     assert json.loads((tmp_path / "few" / "samples-0.json").read_text()) == drawn[:2]
-
-
-@pytest.mark.slow
-def test_evaluation_alone_is_the_same_on_two_ranks(tmp_path, plain):
-    argv = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
-    done = torchrun(2, "train_cls.py", *argv, "--output_dir", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    files = [folder / "eval-0.jsonl" for folder in (tmp_path / "two", plain)]
-    assert files[0].read_text() == files[1].read_text()
-    lines = [timeless(read_lines(file.parent / "metrics.jsonl"))[0] for file in files]
-    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -32,6 +32,7 @@ def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
 
 
 SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+EVALUATED = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
 ONE_STEP = ["--max_steps", "1", "--save_steps", "1", "--warmup_ratio", "0"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
@@ -65,6 +66,7 @@ def two(tmp_path_factory):
         shutil.rmtree(folder / "run" / later)
     again = ["--output_dir", str(folder / "run"), "--resume_from_checkpoint", "auto"]
     calls.append(["train", again])
+    calls.append(["train", [*EVALUATED, "--output_dir", str(folder / "evaluated")]])
     calls += gradient_calls(folder, 2)
     calls.append(["agree", [str(folder)]])
     (folder / "rough").mkdir()
@@ -72,6 +74,20 @@ def two(tmp_path_factory):
     out = torchrun(2, folder, *calls)
     assert out.returncode == 0, out.stderr[-4000:]
     return folder, out
+
+
+def test_evaluation_alone_is_the_same_on_two_ranks(two, plain):
+    folder, _ = two
+    files = [run / "eval-0.jsonl" for run in (folder / "evaluated", plain)]
+    assert files[0].read_text() == files[1].read_text()
+    lines = [timeless(read_lines(file.parent / "metrics.jsonl"))[0] for file in files]
+    assert lines[0] == lines[1]
+
+
+def test_two_ranks_write_one_report(two):
+    folder, _ = two
+    assert "6 of 6 steps" in (folder / "run" / "report.html").read_text()
+    assert not (folder / "plain" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +235,7 @@ def test_a_fault_on_one_rank_is_raised_on_all(two):
 def test_one_rank_shows_the_progress_of_the_image_checks(two):
     bars = two[1].stderr.replace("\r", "\n").splitlines()
     bars = [line for line in bars if "split 'train' images:   0%" in line]
-    runs = len(CASES) + 2  # and the resumed one, and the rough one
+    runs = len(CASES) + 3  # and the resumed one, the evaluated one, and the rough one
     assert len(bars) == runs
 
 
