@@ -85,11 +85,12 @@ class Ask:
 
 def check_names(names: Sequence[str], where: str) -> None:
     """Raises ValueError if a class or category has no name, or if an answer could not tell two of
-    them apart: case, spaces, dashes and underscores make no difference."""
+    them apart: case, spaces, dashes, underscores, quotes and a full stop make no difference, as in
+    rewards/cls.py."""
     seen: dict[str, str] = {}
     for name in names:
         plain = unicodedata.normalize("NFKC", name).casefold()
-        plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip()
+        plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip(" \"'").rstrip(".,;:!?\"' ")
         if not plain:
             raise ValueError(f"{where}: {name!r} is no name")
         if plain in seen:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from data import coco, flowers, folders, scenes, virft
 from data.ask import Ask
-from data.rows import Fault, Rows
+from data.rows import Rows
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
-SHARE = 0.2
+SHARE = 0.2  # is held out where there is no test split
 AS_TAUGHT = Ask()  # as Qwen2-VL was
 DEMO_ROWS = {"train": 480, "test": 180}
 
@@ -30,25 +30,24 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
     a file cannot be read, a column is missing, or there is no row.
     """
     path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
-    here = dataset_name in DEMOS or _is_local(path)
-    if here and split not in (found := splits(dataset_name)):
+    kind, parts = look(dataset_name)
+    if kind != "hub" and split not in parts:
         raise ValueError(
-            f"{dataset_name}: no split {split!r}; there is {', '.join(found) or 'none'} "
+            f"{dataset_name}: no split {split!r}; there is {', '.join(parts) or 'none'} "
             f"(--dataset_train_split and --dataset_test_split choose)"
         )
     try:
-        if dataset_name in DEMOS:
+        if kind == "demo":
             rows = Rows(_demo(dataset_name, split), Path())
-        elif not here:
+        elif kind == "hub":
             rows = virft.read_hub(dataset_name, split, ask)
-        elif form(path) == "coco":
-            rows = coco.read(coco.find(path)[split], ask)
-        elif form(path) == "folders":
-            parts = folders.find(path)
+        elif kind == "coco":
+            rows = coco.read(parts[split], ask)
+        elif kind == "folders":
             classes = sorted({name for part in parts.values() for name in folders.classes_of(part)})
             rows = folders.read(parts[split], ask, classes)
         else:
-            rows = virft.read(path, split, ask)
+            rows = virft.read(path, split, parts[split], ask)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if dataset_name in text else f"{where}: {text}") from error
@@ -68,10 +67,11 @@ def read_splits(
     Without a test split a share of the images is held out: by default SHARE of a data set whose
     prompts are made here, else nothing. Raises ValueError as `load`.
     """
-    train, found = load(dataset_name, train_split, ask), splits(dataset_name)
-    others = ["test", "validation"] if train.worded else ["test"]
-    others = [split for split in others if split in found and split != train_split]
-    test_split = test_split or next(iter(others), None)
+    train = load(dataset_name, train_split, ask)
+    if test_split is None:
+        found, others = splits(dataset_name), ["test", "validation"][: 1 + train.worded]
+        others = [split for split in others if split in found and split != train_split]
+        test_split = next(iter(others), None)
     if test_split and test_share is not None:
         raise ValueError(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
@@ -86,33 +86,36 @@ def read_splits(
 
 def splits(dataset_name: str) -> list[str]:
     """Names of the splits. Raises ValueError if the data set does not exist."""
-    if dataset_name in DEMOS:
-        return list(DEMO_ROWS)
-    path = Path(dataset_name).expanduser()
-    if not _is_local(path):
+    kind, parts = look(dataset_name)
+    if kind == "hub":
         import datasets
 
         return virft.on_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
-    finders = {"coco": coco.find, "folders": folders.find, "tables": virft.find}
-    return list(finders[form(path)](path))
+    return list(parts)
 
 
-def form(path: Path) -> str:
-    """ "coco", "folders" or "tables": what a file or folder is."""
+def look(dataset_name: str) -> tuple[str, dict]:
+    """("demo", "coco", "folders", "tables" or "hub", split -> what holds it): what a name means.
+
+    Of the hub no splits are known. Raises ValueError if it is none of these, or two at once.
+    """
+    path = Path(dataset_name).expanduser()
+    if dataset_name in DEMOS:
+        return "demo", DEMO_ROWS
+    if not _is_local(path):
+        return "hub", {}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return "tables"
-    kinds = {"coco": coco.find(path), "tables": virft.has_tables(path)}
-    found = [kind for kind, there in kinds.items() if there]
-    if path.is_file():
-        return found[0]
-    if len(found) == 2:
+        return "tables", virft.find(path)
+    annotations, tables = coco.find(path), virft.has_tables(path)
+    if annotations and tables and path.is_dir():
         raise ValueError(
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
-            f"the files, such as {next(iter(kinds['coco'].values()))}"
+            f"the files, such as {next(iter(annotations.values()))}"
         )
-    if found and found[0] == "tables":
-        return "tables"
-    return found[0] if found else "folders" if folders.find(path) else "tables"
+    if annotations:
+        return "coco", annotations
+    classes = {} if tables else folders.find(path)
+    return ("folders", classes) if classes else ("tables", virft.find(path))
 
 
 def _is_local(path: Path) -> bool:
@@ -171,7 +174,7 @@ def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     for part, side in zip(parts, sides, strict=True):
         place = {old: new for new, old in enumerate(side)}
         part.faults = [
-            Fault(place[f.row], f.where, f.found, f.todo) for f in rows.faults if f.row in place
+            replace(fault, row=place[fault.row]) for fault in rows.faults if fault.row in place
         ]
     parts[1].name = f"{rows.name}, what is held out of it"
     parts[0].said = [

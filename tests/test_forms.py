@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 import train_cls
 import train_det
-from data.ask import Ask
+from data.ask import Ask, check_names
 from data.check import check_rows, load_splits, refuse
 from data.flowers import SPECIES, draw
 from data.images import open_image
@@ -24,6 +24,7 @@ from data.rows import Fault
 from grpo.report.page import run_page
 from grpo.report.read import read_run
 from models.processor import Processor
+from rewards.cls import normalize
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
 from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, read_lines, train
@@ -239,6 +240,22 @@ def test_two_forms_in_a_folder_are_named(drawings, tmp_path):
     (tmp_path / "train.json").write_text((drawings / "train.json").read_text())
     with pytest.raises(ValueError, match="COCO annotations and rows in other files.*instances_val"):
         load(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Red_Rose", "red-rose"),
+        ("a  b", "A b"),
+        ("L\u00f6we", "Lo\u0308we"),
+        ("rose", "'rose'."),
+        ("a", "b"),
+    ],
+)
+def test_names_that_count_as_one_are_those_of_the_reward(one, other):
+    same = normalize(one) == normalize(other)
+    with pytest.raises(ValueError, match="count as one name") if same else contextlib.nullcontext():
+        check_names([one, other], "here")
 
 
 def test_a_template_must_be_one_that_can_be_filled(drawings, tmp_path):
