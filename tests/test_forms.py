@@ -325,6 +325,8 @@ def test_an_annotation_file_is_a_row_for_each_category_in_an_image(tmp_path):
         "never asked for, as no box is of them: eel",
     ]
     assert len(load(str(tmp_path), "train", Ask())) == 3
+    few = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.25))
+    assert sum("No Objects" in row.solution for row in few) == 1, "a quarter of 4"
     again = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.4))
     assert [row.place for row in again] == [row.place for row in rows]
 
@@ -428,12 +430,17 @@ def test_results_go_straight_into_anyone_s_cocoeval(tmp_path, held_out):
             place = {"image_id": 50 + i, "category_id": random_of.choice((5, 9)), "iscrowd": 0}
             number = len(content["annotations"]) + 1
             content["annotations"].append({"id": number, **place, "bbox": box, "area": 6300})
+    for image in (50, 52, 55, 58):  # a crowd beside boxes of its category, which is ignored
+        crowd = {"image_id": image, "category_id": 5, "iscrowd": 1, "bbox": [0, 0, 60, 60]}
+        number = len(content["annotations"]) + 1
+        content["annotations"].append({"id": number, **crowd, "area": 3600})
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
     flags = {"test_share": 0.4 if held_out else 0.0}
     parts = splits_of(tmp_path, train_det, **flags)
     rows = parts[held_out]
     config = train_det.Config(dataset_name=str(tmp_path), **flags)
     task = train_det.read_task(config, parts, Processor(DETECTION), [])
+    assert (task.frames.solutions, task.frames.answers) == ("pixels", "thousandths")
     found, results = average_precision(answers_by_chance(rows, task.frames), rows, task.frames)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(tmp_path / "instances_val.json"))

@@ -33,6 +33,7 @@ def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
 
 SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
 EVALUATED = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
+EVALUATED += ["--eval_samples_per_prompt", "2"]
 ONE_STEP = ["--max_steps", "1", "--save_steps", "1", "--warmup_ratio", "0"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
@@ -76,11 +77,16 @@ def two(tmp_path_factory):
     return folder, out
 
 
-def test_evaluation_alone_is_the_same_on_two_ranks(two, plain):
+def test_evaluation_alone_is_the_same_on_two_ranks(two, plain, tmp_path):
+    """Greedy answers are those before training, drawn ones those of one rank."""
     folder, _ = two
-    files = [run / "eval-0.jsonl" for run in (folder / "evaluated", plain)]
-    assert files[0].read_text() == files[1].read_text()
-    lines = [timeless(read_lines(file.parent / "metrics.jsonl"))[0] for file in files]
+    assert train_cls.main([*EVALUATED, "--output_dir", str(tmp_path / "one")]) == 0
+    runs = folder / "evaluated", tmp_path / "one"
+    answers = [(run / "eval-0.jsonl").read_text() for run in (*runs, plain)]
+    assert answers[0] == answers[1] == answers[2]
+    drawn = [json.loads((run / "samples-0.json").read_text()) for run in runs]
+    assert drawn[0] == drawn[1] and drawn[0][0][0] != drawn[0][0][1], "no chance: blunt"
+    lines = [timeless(read_lines(run / "metrics.jsonl"))[0] for run in runs]
     assert lines[0] == lines[1]
 
 
