@@ -35,10 +35,10 @@ from grpo.rollout import sample_groups
 from models.cache import KVCache
 from models.decode import DecodeStep
 from models.families import FAMILIES
-from models.generate import Sampling, sample
 from models.load import load_model
 from models.processor import Processor
 from models.qwen_vl import image_features, with_image_features
+from models.sampling import Sampling, sample
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

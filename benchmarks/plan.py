@@ -44,10 +44,12 @@ CASES = {
     "LoRA": "--use_peft",
     "LoRA, no checkpointing": "--use_peft --gradient_checkpointing false",
     "LoRA, several packs": f"--use_peft {PACKS}",
+    "CUDA graphs": "--cuda_graphs true",
 }
 PHASES = ("rollout", "reference", "training", "optimizer")
 STEP = "--max_steps 2 --prompts_per_step 4 --num_generations 4 --max_completion_length 64 "
-STEP += "--bf16 true --save_steps 0 --learning_rate 1e-4 --diagnose_after 0 --eval_samples 1"
+STEP += "--bf16 true --save_steps 0 --learning_rate 1e-4 --diagnose_after 0 --eval_samples 1 "
+STEP += "--cuda_graphs false"
 
 
 def run(checkpoint: str, images: str, output: str, flags: str) -> None:

@@ -16,7 +16,7 @@ from grpo.run.config import TrainingConfig
 from grpo.run.exits import StopSignal
 from grpo.run.flags import ELSEWHERE, parse_config
 from grpo.run.folder import check_output
-from models.generate import Sampling
+from models.sampling import Sampling
 from tests.runs import ROOT
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]

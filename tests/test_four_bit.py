@@ -154,7 +154,9 @@ def test_the_flag_reaches_the_model():
     flags = {"model_name_or_path": "m", "dataset_name": "d", "use_peft": True}
     for four_bit in (False, True):
         config = train_cls.Config(**flags, load_in_4bit=four_bit, lora_target_modules=["q_proj"])
-        run = SimpleNamespace(config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa")
+        run = SimpleNamespace(
+            config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa", cuda_graphs=False
+        )
         policy, sampler, reference, _ = load_models(run, CHECKPOINT, [])
         assert policy is sampler is reference
         layers = policy.config.num_hidden_layers

@@ -10,8 +10,8 @@ from grpo.logps import Tokens, pack_chunks, pack_logps, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.pack import make_packs
 from grpo.rollout import sample_groups, uniform_numbers
-from models.generate import Sampling
 from models.qwen_vl import image_features, with_image_features
+from models.sampling import Sampling
 from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
 
 SUPPRESSED = torch.tensor((IMAGE, 57, 58, 60, 61, 62, 63))

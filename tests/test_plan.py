@@ -11,7 +11,7 @@ from benchmarks.memory import parameters, peak, published
 from grpo.logps import pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
-from grpo.run.advice import advise
+from grpo.run.advice import USABLE, advise
 from grpo.run.config import TrainingConfig
 from grpo.run.memory import estimate_memory, peak_gb
 from grpo.run.sizes import decoder_layer_parameters, vision_block_parameters
@@ -188,6 +188,28 @@ def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
     assert "GB that are usable of 24" in out
     with pytest.raises(ValueError, match="--gpu_memory has no effect here: it is for --dry_run"):
         train_cls.main(argv[1:])
+
+
+def test_cuda_graphs_are_taken_where_they_fit(tmp_path, capsys):
+    """By default; what they keep is in every phase of the plan."""
+
+    def said(*flags):
+        flags += ("--max_completion_length", "4096", "--output_dir", str(tmp_path / "run"))
+        train_cls.main(["--dry_run", *flags])
+        out = capsys.readouterr().out
+        peak = float(re.search(r"about ([\d.]+) GB a rank", out)[1])
+        return peak, "with CUDA graphs" in out, "without CUDA graphs" in out
+
+    assert said()[1:] == (False, False), "there is no GPU"
+    needed, *chosen = said("--gpu_memory", "24")
+    assert chosen == [True, False]
+    without, *chosen = said("--gpu_memory", "24", "--cuda_graphs", "false")
+    assert chosen == [False, True] and without < needed
+    between = (without + needed) / 2 / USABLE
+    assert said("--gpu_memory", f"{between:.4f}") == (without, False, True)
+    assert said("--gpu_memory", f"{between:.4f}", "--cuda_graphs", "true") == (needed, True, False)
+    with pytest.raises(ValueError, match="--cuda_graphs: there is no CUDA device"):
+        said("--cuda_graphs", "true")
 
 
 def test_a_card_of_24_gb_holds_what_is_asked_for():

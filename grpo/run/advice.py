@@ -13,6 +13,7 @@ LORA = {"use_peft": True, "optim": "adamw_torch", "cpu_offload": False, "freeze_
 CHANGES = (
     ({"tokens_per_pack": 8192}, "shorter passes, more of them"),
     ({"tokens_per_pack": 4096}, "shorter passes, more of them"),
+    ({"cuda_graphs": False}, "sampling's memory is free while the model trains; slower sampling"),
     ({"freeze_vision": True}, "the vision tower stays as it is; faster"),
     ({"optim": "adamw_8bit"}, "no float32 masters, moments in 8 bits; weights rounded by chance"),
     ({"cpu_offload": True}, "masters, moments, reference in the CPU's memory; slower"),
@@ -24,7 +25,8 @@ CHANGES = (
     ({"prompts_per_step": 4}, "fewer prompts a step"),
     (LORA | {"load_in_4bit": True}, "LoRA beside frozen weights in 4 bits; slower decoding"),
 )
-WITH_PEFT = ("tokens_per_pack", "gradient_checkpointing", "prompts_per_step", "load_in_4bit")
+WITH_PEFT = ("tokens_per_pack", "cuda_graphs", "gradient_checkpointing")
+WITH_PEFT += ("prompts_per_step", "load_in_4bit")
 
 
 def gpu_gb(config, device: torch.device) -> float | None:

@@ -17,10 +17,13 @@ from grpo.run.sizes import adapter_parameters, block_padding, decoder_matrices, 
 from models.config import QwenVLConfig
 from models.families import family_of
 from models.four_bit import BYTES as FOUR_BIT_BYTES
+from models.generate import PREFILL, SHAPES
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
 EVAL_BATCH = 32  # prompts that an evaluation takes at once
+LOGIT = 8  # bytes of a logit and of its exponential
+PROMPT_KEYS = SHAPES["cuda"].keys
 
 
 def peak_gb(config: TrainingConfig, *facts) -> float:
@@ -41,9 +44,9 @@ def estimate_memory(
 ) -> dict[str, dict[str, float]]:
     """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
-    parameters: of the complete model, with the vision tower's vision_parameters; one rank holds
-    it, several share it. longest_prompt: tokens; image_tokens: those of its images. All prompts are
-    taken to be so, and all completions to be of --max_completion_length.
+    parameters: of the complete model, with the tower's vision_parameters. longest_prompt: tokens;
+    image_tokens: of its images; all prompts and completions count as the longest. Without
+    --cuda_graphs there are none.
     """
     size, lengths = (2 if bf16 else 4), (longest_prompt, image_tokens)
     adapters, merged = adapter_parameters(config, model)
@@ -78,10 +81,11 @@ def estimate_memory(
         leaving = (size + 4) * (not adapters)
     if config.cpu_offload and not adapters and not (whole and light):
         gradients = 0  # in the CPU's memory; on one rank one after the other
-    features = prompts * image_tokens * model.vision.feature_width * size
-    fixed["image features"] = features * vision_is_frozen(config)
+    features = prompts * image_tokens * model.vision.feature_width * vision_is_frozen(config)
+    fixed["image features"] = features * size
     reference = (parameters - frozen) * size / share * (config.beta > 0 and not adapters)
     fixed["reference"] = reference * (not config.cpu_offload)
+    fixed["decoding"] = decoding_bytes(config, model, prompts, longest_prompt, size)
     kept, beside = backward_peak(
         at,
         size,
@@ -110,7 +114,6 @@ def estimate_memory(
             "head or gradients": beside,
             "unpacked weights": unpacked,
         },
-        # rows in float32 that are worked on at once, with what is made of them
         "optimizer": {"gradients": gradients, "rows": light * 36 * min(NUMBERS, head / share)},
     }
     if config.beta == 0 and config.num_iterations == 1:
@@ -140,6 +143,7 @@ def evaluation_memory(
     parts = {
         "libraries": LIBRARIES * (device == "cpu"),
         "weights": (parameters - packed) * size + packed * FOUR_BIT_BYTES,
+        "decoding": decoding_bytes(some, model, EVAL_BATCH, lengths[0], size),
         "images, or cache and logits": rollout_bytes(some, model, EVAL_BATCH, lengths, size),
     }
     return {"evaluation": {name: value / 1e9 for name, value in parts.items()}}
@@ -224,13 +228,40 @@ def what_stays(
 def rollout_bytes(
     config: TrainingConfig, model: QwenVLConfig, prompts: int, lengths: tuple[int, int], size: int
 ) -> int:
-    """What a rollout holds besides weights: while it encodes all images; or later, the keys and
-    values of all prompts and samples, and logits. lengths: of a prompt and of its images."""
+    """What a rollout holds besides weights: while it encodes all images; or later the cache with
+    what the prefill or a decode step holds, unless these stay. lengths: of a prompt and of its
+    images."""
+    images = encoding_numbers(model, prompts * lengths[1]) * size
+    tokens = max(lengths[0], min(PREFILL, prompts * lengths[0]))  # of one pass over prompts
+    prefill = tokens * 3 * (model.hidden_size + model.intermediate_size) * size
+    if config.cuda_graphs:
+        return max(images, prefill)
     samples = prompts * config.num_generations
-    tokens = prompts * lengths[0] + samples * config.max_completion_length
-    cache = tokens * 2 * model.head_dim * model.num_key_value_heads * model.num_hidden_layers
-    images = encoding_numbers(model, prompts * lengths[1])
-    return max(images * size, cache * size + 2 * samples * model.vocab_size * 4)
+    cache = cache_bytes(config, model, prompts, config.num_generations, lengths[0], size)
+    return max(images, cache + max(prefill, samples * model.vocab_size * LOGIT))
+
+
+def cache_bytes(
+    config: TrainingConfig, model: QwenVLConfig, prompts: int, group: int, longest: int, size: int
+) -> int:
+    """Keys and values of prompts and of their samples, and a token's queries."""
+    tokens = prompts * (longest + group * config.max_completion_length)
+    numbers = 2 * tokens * model.num_key_value_heads + prompts * group * model.num_attention_heads
+    return numbers * model.head_dim * model.num_hidden_layers * size
+
+
+def decoding_bytes(
+    config: TrainingConfig, model: QwenVLConfig, prompts: int, longest: int, size: int
+) -> int:
+    """What CUDA graphs keep: the largest cache, an evaluation's or a step's, and what the largest
+    decode step holds."""
+    if not config.cuda_graphs:
+        return 0
+    batch = min(EVAL_BATCH, config.eval_samples or EVAL_BATCH)
+    shapes = [(prompts, config.num_generations), (batch, max(1, config.eval_samples_per_prompt))]
+    longest = math.ceil(longest / PROMPT_KEYS) * PROMPT_KEYS
+    cache = max(cache_bytes(config, model, *shape, longest, size) for shape in shapes)
+    return cache + max(map(math.prod, shapes)) * model.vocab_size * LOGIT
 
 
 def encoding_numbers(model: QwenVLConfig, image_tokens: int) -> int:

@@ -1,0 +1,75 @@
+"""Decode steps as CUDA graphs: each shape is captured once and then replayed.
+
+A replay does in one launch what was captured, on the same memory. So all that a step reads and
+writes stays where it is for the whole run: weights, cache, the rows' tensors. The price is memory
+that is not free while the model trains; `--cuda_graphs false` frees it after each rollout, and a
+step is then launched operation by operation.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from models.cache import KVCache, Layout
+from models.decode import DecodeStep
+from models.qwen_vl import QwenVL
+
+
+class Decoding:
+    """What samples are decoded with: a cache, and the weights of this moment."""
+
+    def __init__(self, model: QwenVL):
+        self.cache = KVCache(model.config, model.dtype, model.device)
+
+    def prepare(self, model: QwenVL, layout: Layout) -> None:
+        """Before a prefill. layout: of the cache."""
+        self.cache.divide(layout)
+        self.decode = DecodeStep(model)
+
+    def step(self, key: Hashable, rows: Any, function: Callable[[Any], None]) -> Any:
+        """function(rows), which changes `rows.tensors` in place. Returns the rows to go on with.
+
+        key: what, besides the rows' shapes, decides what the function does.
+        """
+        function(rows)
+        return rows
+
+
+class Graphs(Decoding):
+    """The same by replays, for the life of a model on a CUDA device."""
+
+    def __init__(self, model: QwenVL):
+        super().__init__(model)
+        self.decode, self._weights = None, []
+        self._rows: dict[Hashable, Any] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # they share memory: none runs beside another
+
+    def prepare(self, model: QwenVL, layout: Layout) -> None:
+        weights = [parameter.data_ptr() for parameter in model.parameters()]
+        if self.cache.divide(layout) or weights != self._weights:
+            self._graphs.clear()
+            self._rows.clear()
+            self.decode, self._weights = DecodeStep(model), weights
+        else:
+            self.decode.refresh(model)
+
+    def step(self, key: Hashable, rows: Any, function: Callable[[Any], None]) -> Any:
+        shapes = tuple(tensor.shape for tensor in rows.tensors)
+        kept = self._rows.setdefault(shapes, rows)
+        for old, new in zip(kept.tensors, rows.tensors, strict=True):
+            if old is not new:
+                old.copy_(new)
+        if graph := self._graphs.get((key, shapes)):
+            graph.replay()
+            return kept
+        function(kept)  # operation by operation, which makes what a capture cannot make
+        now = [tensor.clone() for tensor in kept.tensors]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            function(kept)
+        self._graphs[key, shapes] = graph
+        for tensor, value in zip(kept.tensors, now, strict=True):  # nothing was to happen yet
+            tensor.copy_(value)
+        return kept

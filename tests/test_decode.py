@@ -1,0 +1,249 @@
+"""Decoding: its cache and shapes, against the full forward pass and transformers; the draw."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from models.attention import Bounds
+from models.cache import KVCache, Layout
+from models.generate import SHAPES, Shapes, Table, generate, halved
+from models.qwen_vl import image_features
+from models.sampling import BLOCK, Sampling, sample
+from tests.peer import reference_inputs, reference_model
+from tests.test_models import GRIDS
+from tests.tiny import IMAGE, family_config, tiny_config, tiny_model, tiny_prompt
+
+
+def greedy(length, **options):
+    return Sampling(length, temperature=0, **options)
+
+
+def test_cached_decoding_equals_the_full_forward():
+    """Prompts of different lengths, samples that stop at different times."""
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling = Sampling(12, stop_ids=(3, 7, 11, 20, 31))
+    model.suppressed_ids = torch.tensor((IMAGE, 57, 58, 60))
+    uniforms = torch.rand(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    completions, logps = generate(model, prompts, 3, sampling, uniforms)
+    lengths = {len(c) for c in completions}
+    assert len(lengths) > 3, f"all samples end alike {lengths}: a blunt test"
+    for i, (completion, logp) in enumerate(zip(completions, logps, strict=True)):
+        prompt = prompts[i // 3]
+        assert not set(completion[:-1]) & set(sampling.stop_ids)
+        steps = torch.arange(len(completion)) + prompt.next_position
+        hidden = model(
+            torch.cat([prompt.input_ids, torch.tensor(completion)]),
+            torch.cat([prompt.position_ids, steps.expand(3, -1)], dim=1),
+            model.bounds([(len(prompt) + len(completion),)]),
+            image_features(model, [prompt]),
+        )[len(prompt) - 1 : -1]
+        logits = linear(hidden, model.head_weight)
+        logits[:, model.suppressed_ids] = float("-inf")
+        expected = logits.log_softmax(-1)[range(len(completion)), completion]
+        torch.testing.assert_close(logp.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_greedy_text_equals_transformers_generate():
+    model = tiny_model(tiny_config(), torch.float32, scale=6)
+    peer = reference_model(model, torch.float32)
+    stop = (7, 11)
+    for seed, grids in enumerate([*GRIDS.values()] * 2):
+        prompt = tiny_prompt(model.config, grids, seed=seed)
+        (own,), _ = generate(model, [prompt], 1, greedy(24, stop_ids=stop), torch.zeros(1, 24))
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(stop)}
+        out = peer.generate(**reference_inputs(prompt, torch.float32), pad_token_id=0, **options)
+        assert own == out[0, len(prompt) :].tolist()
+
+
+def test_samples_do_not_depend_on_the_company_they_are_drawn_in():
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling = Sampling(10, stop_ids=(3, 7))
+    uniforms = torch.rand(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together, _ = generate(model, prompts, 2, sampling, uniforms)
+    for i, prompt in enumerate(prompts):
+        alone, _ = generate(model, [prompt], 2, sampling, uniforms[2 * i : 2 * i + 2])
+        assert alone == together[2 * i : 2 * i + 2]
+
+
+def test_long_prompts_are_prefilled_some_at_a_time(monkeypatch):
+    model = tiny_model(tiny_config())
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    uniforms = torch.rand(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, _ = generate(model, prompts, 2, Sampling(10, stop_ids=(3, 7)), uniforms)
+    passes, original = [], model.hidden_states
+
+    def counted(ids, *rest):
+        passes.append(len(ids))
+        return original(ids, *rest)
+
+    monkeypatch.setattr(model, "hidden_states", counted)
+    monkeypatch.setattr("models.generate.PREFILL", sum(map(len, prompts[:2])))
+    found, _ = generate(model, prompts, 2, Sampling(10, stop_ids=(3, 7)), uniforms)
+    assert found == expected
+    assert passes == [sum(map(len, prompts[:2])), len(prompts[2])]
+
+
+def test_sampler_draws_from_the_softmax():
+    """Chi-square of 40,000 draws, with temperature, top-k, top-p and suppression."""
+    from scipy.stats import chisquare
+
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(12)
+    logits[4] = float("-inf")
+    count = 40_000
+    uniform = torch.rand(count, dtype=torch.float64)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "top_p": 0.9}):
+        sampling = Sampling(1, temperature=1.3, **options)
+        tokens, logps = sample(logits.repeat(count, 1), sampling, uniform)
+        full = (logits / 1.3).softmax(0)
+        torch.testing.assert_close(logps, full.log()[tokens])
+        probs = full.clone()
+        if "top_k" in options:
+            probs[probs < probs.topk(options["top_k"]).values[-1]] = 0
+        if "top_p" in options:
+            order = probs.argsort(descending=True)
+            held, kept = 0.0, []
+            for token in order.tolist():
+                if held < options["top_p"] * probs.sum():
+                    kept.append(token)
+                held += float(probs[token])
+            probs[[t for t in range(12) if t not in kept]] = 0
+        counts = torch.bincount(tokens, minlength=12)
+        assert not counts[probs == 0].any()
+        expected = probs.double()[probs > 0]
+        expected *= count / expected.sum()
+        assert chisquare(counts[probs > 0], expected).pvalue > 1e-3
+
+
+def test_sampler_survives_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    for uniform, expected in ((torch.zeros(1, dtype=torch.float64), 1), (last, 2)):
+        assert sample(logits, Sampling(1), uniform)[0].item() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_not_sampled_from(temperature):
+    model = tiny_model(tiny_config())
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    prompt = tiny_prompt(model.config, [])
+    with pytest.raises(FloatingPointError, match="diverged"):
+        generate(model, [prompt], 2, Sampling(3, temperature), torch.full((2, 3), 0.5).double())
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_finish_leave_the_others_as_they_are(seed, qk_norm, halves):
+    """The cache's rectangle shrinks, prompts leave it, places stay empty: each sample sees its own.
+
+    Against attention over each sample's whole sequence by itself, in float64. What a decode step
+    forms and nobody should read (rotated v, say) is random.
+    """
+    torch.manual_seed(seed)
+    chance, (heads, kv_heads, dim) = random.Random(seed), (4, 2, 6)
+    lengths, group, steps = [5, 3, 7], 4, 9
+    sizes = replace(
+        tiny_config(), num_hidden_layers=1, hidden_size=24, head_dim=dim, qk_norm=qk_norm
+    )
+    cache = KVCache(sizes, torch.float64, torch.device("cpu"))
+    cache.divide(Layout(3, group, max(lengths) + 2, steps))
+    whole = len(cache.layers[0].own)
+
+    def new(count):
+        return [
+            torch.randn(count, h, dim, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)
+        ]
+
+    _, k, v = new(sum(lengths))
+    cache.store_prompts(0, k, v, Bounds(tuple((n,) for n in lengths), torch.device("cpu")))
+    parts = [x.split(lengths) for x in (k, v)]
+    past = [[parts[0][s // group], parts[1][s // group]] for s in range(3 * group)]
+    table = Table([[b * group + g for g in range(group)] for b in range(3)])
+    ended, shrank = [False] * 3 * group, 0
+    for step in range(steps):
+        flat = [who for row in table.samples for who in row]
+        taken = [place for place, who in enumerate(flat) if halves or who is not None]
+        places = cache.places(taken, [lengths[b] for b in table.prompts], step)
+        places.written[:, :, step] = 0
+        q, k, v = new(len(taken))
+        product, rotated = torch.randn(2, len(taken), heads + 2 * kv_heads, dim).double()
+        product[:, -kv_heads:] = v
+        rotated = rotated[:, :, None].repeat(1, 1, cache.rotations, 1)
+        rotated[:, :heads, 0], rotated[:, heads:-kv_heads, -1] = q, k
+        rows = torch.cat((product.flatten(0, 1), rotated.flatten(0, 2)))
+        out = cache.attend(0, rows, places, step + 1).view(-1, heads, dim)
+        for row, who in enumerate(flat[place] for place in taken):
+            if who is None:
+                continue
+            past[who] = [
+                torch.cat((old, x[row : row + 1])) for old, x in zip(past[who], (k, v), strict=True)
+            ]
+            keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in past[who])
+            scores = torch.einsum("hd,lhd->hl", q[row], keys) / dim**0.5
+            expected = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
+            torch.testing.assert_close(out[row], expected, atol=1e-12, rtol=1e-12)
+        live = [who for who in flat if who is not None]
+        for who in chance.sample(live, min(len(live) - 1, chance.randint(0, 3))):
+            ended[who] = True
+        table.drop(ended)
+        if smaller := table.smaller(halves):
+            cache.shrink(*smaller, step + 1)
+            shrank += 1
+    assert shrank > 1 and len(cache.layers[0].own) < whole / 2
+
+
+@pytest.mark.parametrize("size, needed, expected", [(8, 5, 8), (8, 4, 4), (7, 4, 4), (7, 1, 1)])
+def test_a_side_is_halved_as_often_as_it_can_be(size, needed, expected):
+    assert halved(size, needed) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_the_shapes_for_a_gpu_draw_the_same_tokens(monkeypatch, family):
+    """Rows of nobody, samples that have ended and go on for some tokens, halved rectangles."""
+    model = tiny_model(family_config(family))
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling = Sampling(21, stop_ids=tuple(range(0, 50, 4)))
+    uniforms = torch.rand(24, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = generate(model, prompts, 8, sampling, uniforms)
+    sizes = []
+    original = KVCache.shrink
+    monkeypatch.setattr(
+        KVCache,
+        "shrink",
+        lambda self, *args: (original(self, *args), sizes.append(self.layout[:2])),
+    )
+    monkeypatch.setitem(SHAPES, "cpu", Shapes(2, True, 8))
+    found = generate(model, prompts, 8, sampling, uniforms)
+    assert found[0] == expected[0]
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+    assert len(sizes) > 1, "it never shrank"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000, 1024])
+def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
+    """Against one long sum in float64, at the ends too, and no token of weight 0."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(300, vocabulary, generator=generator) * 3
+    if vocabulary > 1:
+        gone = torch.rand(300, vocabulary, generator=generator) < 0.5
+        gone[torch.arange(300), torch.randint(vocabulary, (300,), generator=generator)] = False
+        logits.masked_fill_(gone, float("-inf"))
+    uniform = torch.rand(300, dtype=torch.float64, generator=generator)
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    if vocabulary > 1:  # the largest number, and nothing to draw in the last block
+        logits[1, 0], logits[1, -min(BLOCK, vocabulary - 1) :] = 0.0, float("-inf")
+    token, logp = sample(logits, Sampling(1), uniform)
+    probs = logits.double().softmax(1)
+    upper = probs.cumsum(1).gather(1, token[:, None]).squeeze(1)
+    chosen = probs.gather(1, token[:, None]).squeeze(1)
+    assert (chosen > 0).all()
+    assert (uniform <= upper + 1e-6).all() and (uniform >= upper - chosen - 1e-6).all()
+    torch.testing.assert_close(logp, chosen.log().float(), atol=1e-5, rtol=1e-5)
