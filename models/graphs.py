@@ -6,10 +6,11 @@ that is not free while the model trains; `--cuda_graphs false` frees it after ea
 step is then launched operation by operation.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.cache import KVCache, Layout
 from models.decode import DecodeStep
@@ -58,18 +59,23 @@ class Graphs(Decoding):
     def step(self, key: Hashable, rows: Any, function: Callable[[Any], None]) -> Any:
         shapes = tuple(tensor.shape for tensor in rows.tensors)
         kept = self._rows.setdefault(shapes, rows)
-        for old, new in zip(kept.tensors, rows.tensors, strict=True):
-            if old is not new:
-                old.copy_(new)
+        _set(kept, rows.tensors)
         if graph := self._graphs.get((key, shapes)):
             graph.replay()
             return kept
+        before = [tensor.clone() for tensor in kept.tensors]
         function(kept)  # operation by operation, which makes what a capture cannot make
-        now = [tensor.clone() for tensor in kept.tensors]
+        after = [tensor.clone() for tensor in kept.tensors]
+        _set(kept, before)  # what is captured is this same token
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function(kept)
         self._graphs[key, shapes] = graph
-        for tensor, value in zip(kept.tensors, now, strict=True):  # nothing was to happen yet
-            tensor.copy_(value)
+        _set(kept, after)
         return kept
+
+
+def _set(rows: Any, values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(rows.tensors, values, strict=True):
+        if tensor is not value:
+            tensor.copy_(value)

@@ -1,0 +1,99 @@
+"""Run on the emulated device by tests/test_rehearsal.py: prints what it found as JSON.
+
+For each family, and with adapters: operations and waits of a decoded token, for two depths; and
+whether captured steps draw what the same steps draw operation by operation, before and after the
+weights have changed.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from models.families import FAMILIES
+from models.generate import generate
+from models.graphs import Graphs
+from models.lora import LoRA
+from models.sampling import Sampling
+from tests.tiny import family_config, tiny_model, tiny_prompt
+
+OPERATIONS, WAITS = torch._rehearsal
+SHORT, LONG, GROUP = 33, 97, 4  # tokens: both end with a look at what has ended
+
+
+def make(family: str, layers: int, adapters: bool = False):
+    model = tiny_model(replace(family_config(family), num_hidden_layers=layers), torch.float32)
+    if adapters:
+        model.adapt(LoRA(4, 8.0))
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.to("cuda", torch.bfloat16)
+
+
+def prompts_of(model):
+    return [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(([], [(4, 4)]))]
+
+
+def drawn(model, tokens: int, **options):
+    generator = torch.Generator().manual_seed(tokens)
+    uniforms = torch.rand(2 * GROUP, tokens, dtype=torch.float64, generator=generator)
+    return generate(model, prompts_of(model), GROUP, Sampling(tokens, **options), uniforms)
+
+
+def per_token(model) -> tuple[Counter, float]:
+    """Operations of a token by name, and waits."""
+    counts = []
+    for tokens in (SHORT, LONG):
+        before = Counter(OPERATIONS), Counter(WAITS)
+        drawn(model, tokens)
+        counts.append((Counter(OPERATIONS) - before[0], Counter(WAITS) - before[1]))
+    (short, few), (long, many) = counts
+    long.subtract(short)
+    many.subtract(few)
+    between = LONG - SHORT
+    return Counter({n: c / between for n, c in long.items()}), sum(many.values()) / between
+
+
+def launches(family: str, adapters: bool) -> dict:
+    (small, waits), (large, _) = (per_token(make(family, n, adapters)) for n in (4, 8))
+    layer = (sum(large.values()) - sum(small.values())) / 4
+    return {"layer": layer, "rest": sum(small.values()) - 4 * layer, "waits": waits}
+
+
+def captured(family: str, adapters: bool) -> dict:
+    """Samples that end at different times, so that the shapes change."""
+    model, same, replays = make(family, 4, adapters), [], 0
+    graphs = Graphs(model)
+    for change in range(3):
+        found = []
+        for model.graphs in (graphs, None):
+            before = OPERATIONS["graph replays"]
+            ids, logps = drawn(model, SHORT + 16 * change, stop_ids=tuple(range(0, 60, 12)))
+            found.append((ids, [logp.tolist() for logp in logps]))
+            replays += OPERATIONS["graph replays"] - before
+        same.append(found[0] == found[1])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name if adapters else "visual" not in name:
+                    parameter.add_(0.05 * torch.randn(parameter.shape).to(parameter))
+    lengths = {len(completion) for completion in found[0][0]}
+    return {"same": same, "replays": replays, "lengths": len(lengths)}
+
+
+def main() -> None:
+    cases = [(family, False) for family in FAMILIES] + [("qwen2_5_vl", True)]
+    found = {
+        family + " with adapters" * adapters: launches(family, adapters)
+        | captured(family, adapters)
+        for family, adapters in cases
+    }
+    print(json.dumps(found))
+
+
+main()
