@@ -1,18 +1,20 @@
-"""What a demo learns here and in TRL's GRPOTrainer, side by side: held-out score by seconds and steps.
+"""What a demo learns here and in TRL's GRPOTrainer: held-out score by seconds and by steps.
 
     python benchmarks/learn.py --seeds 0 1 2 --json FILE --plot FILE.svg
     python benchmarks/learn.py --read FILE --plot FILE.svg
 
 Both train the demo's checkpoint on its rows with its flags (data/demo_cls/demo.yaml), in float32 on
-the CPU: the peer is given every number that could matter, and rewards are the script's own score().
-Each trainer runs in a process of its own, in turns. Seconds are the steps' alone, without loading,
+the CPU: the peer is given every number that matters, and its rewards are the script's own score().
+Each trainer runs in processes of its own, in turns. Seconds are the steps' alone, without loading,
 evaluation and files. The held-out score is the script's own evaluate(), for the peer on a model of
 ours that is given the peer's weights.
 
-Asserted in each run: the peer is fed our token ids and pixels, its texts are ours, its stop tokens
-and the tokens that it never draws are ours, its learning rate is ours at each step, and before the
-first step both score the same. What differs: random numbers, the order of prompts, and that the
-peer's log-probs include the tokens that are never drawn. `pip install -e ".[bench]"`.
+Asserted in each run: the peer is fed our token ids and pixels, its texts are ours, it stops at our
+stop tokens and never draws what ours never draws, its learning rate is ours at each step, both
+score the same before the first step, and in step 8 its loss, KL, entropy and gradient norm are what
+this code makes of the same weights and completions. What differs: random numbers, the order of
+prompts, and that the peer's log-probs know the tokens that are never drawn. `pip install -e
+".[bench]"`.
 """
 
 import argparse
@@ -29,33 +31,58 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import grpo.threads  # noqa: F401  before torch
+
+# isort: split
+import torch
+
+from benchmarks.curves import KINDS, plot, show
 from benchmarks.step import in_own_process, stand_in_for_torchvision
-from benchmarks.svg import Curve, Panel, draw
+from data.check import load_splits
+from data.images import open_image
+from grpo.adamw import BETA1, BETA2, EPS
+from grpo.logps import pack_chunks, pack_logps
+from grpo.loss import group_advantages, policy_loss, token_weights
+from grpo.optimizer import total_norm
+from grpo.pack import make_packs
+from grpo.ranks import start
+from grpo.rollout import Group
+from grpo.run.checks import named_weights
+from grpo.run.flags import parse_config
+from grpo.run.metrics import held_out_metrics
+from grpo.tally import Tally
+from models.families import parameter_name
+from models.generate import Sampling
+from models.load import find_folder, load_model
+from models.processor import Processor
+from rewards.parse import ideal_completion
 
 # script, what is measured on held-out rows, and when that is called good
 TASKS = {"cls": ("train_cls", "eval/accuracy", 0.9), "det": ("train_det", "eval/iou", 0.7)}
-KINDS = {"ours": "here", "peer": "TRL"}
-NAMES = (  # of each step; with the mean of each reward term
+NAMES = (  # recorded of each step, with the mean of each reward term
     *("reward", "frac_reward_zero_std", "kl", "entropy", "grad_norm", "loss", "learning_rate"),
     *("completions/mean_length", "completions/clipped_ratio"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean"),
 )
+COMPARED = 8  # the step whose gradient is made here too
 
 
 def flags(settings: dict) -> list[str]:
     """What the script is told besides the demo's own flags."""
-    line = f"--seed {settings['seed']} --max_steps {settings['steps']} --bf16 false "
-    line += f"--eval_steps {settings['every']} --report_steps 0 "  # no report beside the training
+    line = f"--seed {settings['seed']} --eval_steps {settings['every']} --bf16 false "
+    line += "--report_steps 0 "  # no report is written beside the training
+    line += f"--max_steps {settings['steps']} " if settings["steps"] else ""
     line += f"--eval_samples {settings['held_out']} " if settings["held_out"] else ""
     return [*line.split(), "--output_dir", str(Path(settings["folder"]) / f"run-{os.getpid()}")]
 
 
 def kept(line: dict) -> dict:
-    """What is recorded of a step's line of metrics; both trainers use the same names."""
+    """What is recorded of a step's metrics; both trainers have the same names."""
     terms = [name for name in line if re.fullmatch(r"rewards/\w+/mean", name)]
     return {name: line[name] for name in (*NAMES, *terms)}
 
@@ -83,126 +110,155 @@ def ours(settings: dict) -> dict:
 # ---- the peer -----------------------------------------------------------------------------------
 
 
-class HeldOut:
-    """The peer's model measured by the script's own evaluate(), for which this stands in as the
-    run. The weights go into a model of ours."""
+class Twin:
+    """The same training here, for the peer's run: its data, the script's own evaluate(), for which
+    this stands in as the run, and a step made again. `model` is given the peer's weights."""
 
     step = 0
 
-    def __init__(self, script, config, ranks, folder: Path, rows, processor, task, weights):
-        import torch
+    def __init__(self, settings: dict):
+        # What the script's train() does before its first step.
+        argv = flags(settings)
+        self.script = importlib.import_module(settings["script"])
+        self.config, _ = parse_config(self.script.Config, argv, self.script.DEMO)
+        self.ranks = start(self.config.timeout)
+        self.folder = find_folder(self.config.model_name_or_path)
+        bounds = self.config.min_pixels, self.config.max_pixels
+        self.processor = Processor(self.folder, *bounds)
+        self.rows, held_out = load_splits(self.config, self.processor, self.ranks.progress)
+        self.task = self.script.read_task(self.config, (self.rows, held_out), self.processor, argv)
+        self.held_out = held_out.first(self.config.eval_samples)
+        terms = self.score(ideal_completion(self.task.solution(self.rows[0])), 0)
+        self.weights = named_weights(terms, self.config)
+        self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
+        self.model.frozen_vision = self.reference.frozen_vision = False
+        self.latest: dict = {}  # what the peer's model was fed, what it answered to which rows
 
-        from models.attention import choose_implementation
-        from models.generate import Sampling
-        from models.load import load_model
-
-        self.script, self.config, self.ranks, self.found = script, config, ranks, {}
-        kernel = choose_implementation(config.attn_implementation, ranks.device, torch.float32)
-        self.model = load_model(folder, torch.float32, ranks.device, kernel)
-        self.model.suppressed_ids = torch.tensor(processor.suppressed_ids)
-        self.model.frozen_vision = False
-        sampling = Sampling.of(config, processor.stop_ids)
-        self.rest = (rows, sampling, processor, task, weights)
+    def score(self, text: str, number: int) -> dict[str, float]:
+        return self.script.score(text, self.rows[number], self.task)
 
     def phase(self, name: str) -> None:
         pass
 
     def report_evaluation(self, records, drawn, more=None, files=None) -> None:
-        from grpo.run.metrics import held_out_metrics
-
         self.found = held_out_metrics(records) | (more or {})
 
-    def measure(self, peer) -> dict:
-        """eval/<term> and so on for transformers' model `peer`."""
-        from models.families import parameter_name
-
-        own = dict(self.model.named_parameters())
+    def take(self, peer) -> None:
+        """Copies the weights of transformers' model."""
+        missing = dict(self.model.named_parameters())
         for key, tensor in peer.state_dict().items():
-            if (name := parameter_name(key)) in own:
-                own.pop(name).data.copy_(tensor)
-        assert not own, f"the peer lacks {', '.join(own)}"
-        self.script.evaluate(self, self.model, *self.rest)
+            if (name := parameter_name(key)) in missing:
+                missing.pop(name).data.copy_(tensor)
+        assert not missing, f"the peer lacks {', '.join(missing)}"
+
+    def measure(self, peer) -> dict:
+        """eval/<term> and so on of the peer's model."""
+        self.take(peer)
+        self.model.suppressed_ids = torch.tensor(self.processor.suppressed_ids)
+        sampling = Sampling.of(self.config, self.processor.stop_ids)
+        rest = (self.held_out, sampling, self.processor, self.task, self.weights)
+        self.script.evaluate(self, self.model, *rest)
         return self.found
 
-
-def peer(settings: dict) -> dict:
-    """TRL's GRPOTrainer with the demo's flags."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from data.check import load_splits
-    from data.images import open_image
-    from grpo.ranks import start
-    from grpo.run.checks import named_weights
-    from grpo.run.flags import parse_config
-    from models.load import find_folder
-    from models.processor import Processor
-    from rewards.parse import ideal_completion
-
-    # What the script's train() does before it loads a weight.
-    script, argv = importlib.import_module(settings["script"]), flags(settings)
-    config, _ = parse_config(script.Config, argv, script.DEMO)
-    ranks, folder = start(config.timeout), find_folder(config.model_name_or_path)
-    own = Processor(folder, config.min_pixels, config.max_pixels)
-    rows, held_out = load_splits(config, own, ranks.progress)
-    task = script.read_task(config, (rows, held_out), own, argv)
-    weights = script.score(ideal_completion(task.solution(rows[0])), rows[0], task)
-    weights = named_weights(weights, config)
-    held_out = held_out.first(config.eval_samples)
-    measure = HeldOut(script, config, ranks, folder, held_out, own, task, weights).measure
-    # What the peer has no flag for, or would count otherwise.
-    assert config.num_iterations == 1 and config.overlong_buffer == 0 and config.beta > 0
-    assert not (config.dynamic_sampling or config.use_peft or config.freeze_vision)
-    assert config.kl_estimator == "k3" and config.optim == "adamw_torch"
-
-    @functools.cache
-    def scored(text: str, number: int) -> dict[str, float]:
-        return script.score(text, rows[number], task)
-
-    fed, latest = {}, {}  # what the model was given, and what rewards were, in the latest step
-
-    def reward(term: str):
-        def of_completions(completions, completion_ids, row, **_):
-            texts = [completion[0]["content"] for completion in completions]
-            latest.update(texts=texts, ids=completion_ids, rows=row)
-            return [scored(text, number)[term] for text, number in zip(texts, row, strict=True)]
-
-        of_completions.__name__ = term
-        return of_completions
-
-    def check_inputs() -> None:
-        prompts = [rows[number].prompt(own) for number in latest["rows"]]
+    def check_inputs(self) -> None:
+        """What the peer's model was fed are our token ids and pixels."""
+        fed = self.latest["fed"]
+        prompts = [self.rows[number].prompt(self.processor) for number in self.latest["rows"]]
         for ids, mask, prompt in zip(fed["input_ids"], fed["attention_mask"], prompts, strict=True):
             assert ids[mask.bool()].tolist() == prompt.input_ids.tolist(), "other token ids"
         for name in ("pixel_values", "image_grid_thw"):
             expected = torch.cat([getattr(prompt, name) for prompt in prompts])
             torch.testing.assert_close(fed[name], expected, atol=1e-5, rtol=0)
 
-    seconds, steps, scores = [], [], []
+    def check_texts(self) -> None:
+        ids = self.latest["ids"]
+        assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
+        assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
+
+    def repeat(self) -> dict:
+        """Loss, KL, entropy and gradient norm of the peer's latest completions under the weights
+        that were taken. Nothing is suppressed here: the peer's log-probs know all tokens."""
+        config, ids = self.config, self.latest["ids"]
+        pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
+        earned = [[self.weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
+        shape, groups = (-1, config.num_generations), []
+        for first in range(0, len(ids), config.num_generations):
+            prompt = self.rows[self.latest["rows"][first]].prompt(self.processor)
+            some = ids[first : first + config.num_generations]
+            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some], []))
+        rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(shape)
+        advantages = group_advantages(rewards, config.scale_rewards)
+        lengths = torch.tensor([len(one) for one in ids]).view(shape)
+        weights = token_weights(lengths, config.loss_type, config.max_completion_length)
+        self.model.suppressed_ids, tally = None, Tally(config)
+        self.model.zero_grad()
+        for pack in make_packs(groups, config.tokens_per_pack, [advantages, weights]):
+            with torch.no_grad():
+                pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
+            for tokens in pack_chunks(self.model, pack, config.temperature):
+                loss, stats = policy_loss(
+                    tokens.logps, tokens.old_logps, tokens.advantages, tokens.weights,
+                    config.epsilon, config.epsilon_high, tokens.ref_logps, config.beta,
+                )  # fmt: skip
+                loss.backward()
+                tally.add(pack, tokens, loss, stats)
+        tally.updates = 1
+        norm = float(total_norm([parameter.grad for parameter in self.model.parameters()]))
+        return {**tally.metrics(self.ranks, []), "grad_norm": norm}
+
+
+def peer(settings: dict) -> dict:
+    """TRL's GRPOTrainer with the demo's flags."""
+    from datasets import Dataset
+    from transformers import AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    twin = Twin(settings)
+    config, own = twin.config, twin.processor
+    # What the peer has no flag for, or would count otherwise.
+    assert config.num_iterations == 1 and config.overlong_buffer == 0 and config.beta > 0
+    assert config.kl_estimator == "k3" and config.optim == "adamw_torch"
+    assert not (config.dynamic_sampling or config.use_peft or config.freeze_vision)
+    scored = functools.cache(twin.score)
+    seconds, steps, held_out = [], [], []
+
+    def reward(term: str):
+        def of_completions(completions, completion_ids, row, **_):
+            texts = [completion[0]["content"] for completion in completions]
+            twin.latest.update(texts=texts, ids=completion_ids, rows=row)
+            return [scored(text, number)[term] for text, number in zip(texts, row, strict=True)]
+
+        of_completions.__name__ = term  # the peer's name for it
+        return of_completions
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, model, **__):
-            scores.append({"step": 0, **measure(model)})
+            held_out.append({"step": 0, **twin.measure(model)})
 
-        def on_step_begin(self, *_, **__):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step + 1 == COMPARED:
+                twin.take(model)
             self.started = time.perf_counter()
 
-        def on_step_end(self, _, state, control, model, **__):
+        def on_step_end(self, args, state, control, model, **_):
             seconds.append(time.perf_counter() - self.started)
-            assert latest["texts"] == [own.completion_text(ids) for ids in latest["ids"]]
-            assert not {*own.suppressed_ids} & {*itertools.chain(*latest["ids"])}
-            if (step := state.global_step) == 1:
-                check_inputs()
-            if step == config.max_steps or (settings["every"] and step % settings["every"] == 0):
-                scores.append({"step": step, **measure(model)})
+            step, every = state.global_step, settings["every"]
+            twin.check_texts()
+            if step == 1:
+                twin.check_inputs()
+            self.expected = twin.repeat() if step == COMPARED else {}
+            if step == config.max_steps or (every and step % every == 0):
+                held_out.append({"step": step, **twin.measure(model)})
 
         def on_log(self, args, state, control, logs, **_):
-            if "grad_norm" in logs:
-                steps.append(kept(logs))
+            if "grad_norm" not in logs:
+                return
+            steps.append(kept(logs))
+            for name in ("loss", "kl", "entropy", "grad_norm") if self.expected else ():
+                pair = self.expected[name], logs[name]
+                assert math.isclose(*pair, rel_tol=1e-3, abs_tol=1e-6), f"{name} is {pair}"
 
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(twin.folder, padding_side="left")
     bounds = {"shortest_edge": own.min_pixels, "longest_edge": own.max_pixels}
     processor.image_processor.size = bounds
     same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_steps")
@@ -211,13 +267,13 @@ def peer(settings: dict) -> dict:
     same += ("gradient_checkpointing", "mask_truncated_completions")
     arguments = GRPOConfig(
         **{name: getattr(config, name) for name in same},
-        output_dir=argv[-1],
+        output_dir=config.output_dir,
         use_cpu=True,
         bf16=False,
         per_device_train_batch_size=config.prompts_per_step * config.num_generations,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps, rounded up
-        use_bias_correction_kl=False,  # on by default, and another gradient: reverse KL
-        reward_weights=list(weights.values()),
+        use_bias_correction_kl=False,  # on by default, and another gradient than the paper's
+        reward_weights=list(twin.weights.values()),
         optim="adamw_torch_fused",
         generation_kwargs={"suppress_tokens": own.suppressed_ids},
         model_init_kwargs={"dtype": torch.float32},
@@ -226,22 +282,18 @@ def peer(settings: dict) -> dict:
         report_to="none",
         disable_tqdm=True,
     )
-    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (
-        0.9,
-        0.999,
-        1e-8,
-    )
+    adam = (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
+    assert adam == (BETA1, BETA2, EPS)
+    columns = {
+        "prompt": [[{"role": "user", "content": row.problem}] for row in twin.rows],
+        "image": [open_image(row.images[0]) for row in twin.rows],
+        "row": list(range(len(twin.rows))),
+    }
     trainer = GRPOTrainer(
-        model=str(folder),
-        reward_funcs=[reward(term) for term in weights],
+        model=str(twin.folder),
+        reward_funcs=[reward(term) for term in twin.weights],
         args=arguments,
-        train_dataset=Dataset.from_dict(
-            {
-                "prompt": [[{"role": "user", "content": row.problem}] for row in rows],
-                "image": [open_image(row.images[0]) for row in rows],
-                "row": list(range(len(rows))),
-            }
-        ),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=processor,
         callbacks=[Clock()],
     )
@@ -253,12 +305,12 @@ def peer(settings: dict) -> dict:
     generate = trainer.model.generate
 
     def noted(**inputs):
-        fed.update(inputs)
+        twin.latest["fed"] = inputs
         return generate(**inputs)
 
     trainer.model.generate = noted
     trainer.train()
-    return {"seconds": seconds, "steps": steps, "held_out": scores}
+    return {"seconds": seconds, "steps": steps, "held_out": held_out}
 
 
 # ---- the comparison -----------------------------------------------------------------------------
@@ -276,29 +328,30 @@ def fastest(kind: str, settings: dict, candidates: list[int]) -> int:
 
 def train_all(options: argparse.Namespace) -> dict:
     """Trains with each seed, both trainers in turns; what is recorded so far is on the disk."""
-    from importlib.metadata import version
-
-    script, score, _ = TASKS[options.task]
+    script, score, target = TASKS[options.task]
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
-    report = {"task": options.task, "score": score, "versions": versions, "runs": []}
+    report = {"task": options.task, "score": score, "target": target, "versions": versions}
+    report["runs"] = []
     with tempfile.TemporaryDirectory() as folder:
-        settings = {name: getattr(options, name) for name in ("task", "steps", "every", "held_out")}
+        settings = {name: getattr(options, name) for name in ("steps", "every", "held_out")}
         settings |= {"script": script, "score": score, "folder": folder, "seed": options.seeds[0]}
         candidates = {"ours": options.threads, "peer": options.peer_threads or options.threads}
         threads = {kind: fastest(kind, settings, candidates[kind]) for kind in options.only}
-        for seed in options.seeds:
-            for kind in options.only:
-                load = os.getloadavg()[0]
-                asked = settings | {"kind": kind, "seed": seed}
-                result = in_own_process(__file__, asked, threads[kind])
-                facts = {"kind": kind, "seed": seed, "threads": threads[kind], "load": load}
-                report["runs"].append(facts | recorded(result))
-                last = report["runs"][-1]["held_out"][-1]
-                spent = f"{last['seconds']:.1f} s, {score} {last[score]:.3f}"
-                print(f"{KINDS[kind]:5} seed {seed}, {threads[kind]} threads: {spent}", flush=True)
-                if options.json:
-                    options.json.write_text(compact(report))
-    check_same_start(report["runs"], score)
+        for seed, kind in itertools.product(options.seeds, options.only):
+            facts = {
+                "kind": kind,
+                "seed": seed,
+                "threads": threads[kind],
+                "load": os.getloadavg()[0],
+            }
+            result = in_own_process(__file__, settings | facts, threads[kind])
+            report["runs"].append(facts | recorded(result))
+            last = report["runs"][-1]["held_out"][-1]
+            spent = f"{last['seconds']:.1f} s, {score} {last[score]:.3f}"
+            print(f"{KINDS[kind]:5}seed {seed}, threads {threads[kind]}: {spent}", flush=True)
+            if options.json:
+                options.json.write_text(compact(report))
+    check_same(report["runs"])
     return report
 
 
@@ -311,12 +364,12 @@ def recorded(result: dict) -> dict:
     return {"held_out": held_out, "columns": {"step_time": result["seconds"], **columns}}
 
 
-def check_same_start(runs: list[dict], score: str) -> None:
-    """Both scored the same before the first step, and had the same learning rate at each."""
+def check_same(runs: list[dict]) -> None:
+    """All score the same before the first step, and have the same learning rate in each."""
     for run in runs:
         assert run["held_out"][0] == runs[0]["held_out"][0], "not the same checkpoint"
         pairs = zip(*(r["columns"]["learning_rate"] for r in (run, runs[0])), strict=True)
-        assert all(math.isclose(a, b, abs_tol=1e-12) for a, b in pairs), "not the same schedule"
+        assert all(math.isclose(*pair, abs_tol=1e-12) for pair in pairs), "not the same schedule"
 
 
 def compact(report: dict) -> str:
@@ -326,86 +379,11 @@ def compact(report: dict) -> str:
     return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
-def reached(run: dict, score: str, target: float, by: str = "seconds") -> float | None:
-    """Seconds (or steps) at which a run's score first was `target`, on a line between two
-    evaluations; None if it never was."""
-    before = None
-    for point in run["held_out"]:
-        if point[score] >= target:
-            if before is None:
-                return point[by]
-            share = (target - before[score]) / (point[score] - before[score])
-            return before[by] + share * (point[by] - before[by])
-        before = point
-    return None
-
-
-def of(report: dict, kind: str) -> list[dict]:
-    return [run for run in report["runs"] if run["kind"] == kind]
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def show(report: dict) -> None:
-    """Prints how soon the target was reached, the score by step, and the curves by tenths."""
-    score, (_, _, target) = report["score"], TASKS[report["task"]]
-    kinds = [kind for kind in KINDS if of(report, kind)]
-    for by in ("seconds", "step"):
-        medians = {}
-        for kind in kinds:
-            found = [reached(run, score, target, by) for run in of(report, kind)]
-            told = ", ".join("never" if x is None else f"{x:.1f}" for x in found)
-            medians[kind] = statistics.median(math.inf if x is None else x for x in found)
-            print(f"{KINDS[kind]:5} {score} {target} after {told} {by}, median {medians[kind]:.1f}")
-        if len(kinds) == 2 and math.isfinite(sum(medians.values())):
-            print(f"TRL's {by} over ours: {medians['peer'] / medians['ours']:.2f}")
-    for kind in kinds:
-        times = [t for run in of(report, kind) for t in run["columns"]["step_time"][1:]]
-        print(f"{KINDS[kind]:5} {statistics.median(times):.3f} s a step, median")
-    print(f"\n{score} by step, mean (least to most) over seeds")
-    for i, point in enumerate(report["runs"][0]["held_out"]):
-        row = [spread([run["held_out"][i][score] for run in of(report, kind)]) for kind in kinds]
-        print(
-            f"{point['step']:5}  "
-            + "  ".join(f"{KINDS[k]} {t}" for k, t in zip(kinds, row, strict=True))
-        )
-    steps = len(report["runs"][0]["columns"]["step_time"])
-    edges = sorted({round(i * steps / 10) for i in range(11)})
-    print("\nmean over seeds, by tenth of the steps: " + " / ".join(KINDS[kind] for kind in kinds))
-    for name in report["runs"][0]["columns"]:
-        cells = []
-        for part in itertools.starmap(slice, itertools.pairwise(edges)):
-            values = [[v for r in of(report, k) for v in r["columns"][name][part]] for k in kinds]
-            cells.append("/".join(f"{statistics.mean(v):.3g}" for v in values))
-        print(f"{name:28}" + "  ".join(f"{cell:>13}" for cell in cells))
-
-
-def plot(report: dict, file: Path) -> None:
-    """Score by seconds and by steps: a thin line for each seed, a thick one for the median."""
-    score, colors = report["score"], {"ours": "#0072b2", "peer": "#d55e00"}
-    panels = []
-    for by, title in (("seconds", "seconds, training alone"), ("step", "steps")):
-        curves = []
-        for kind in (kind for kind in KINDS if of(report, kind)):
-            runs = [run["held_out"] for run in of(report, kind)]
-            lines = [[(p[by], p[score]) for p in run] for run in runs]
-            middle = [
-                tuple(statistics.median(p[axis] for p in points) for axis in (0, 1))
-                for points in zip(*lines, strict=True)
-            ]
-            curves += [Curve(line, colors[kind], 1) for line in lines]
-            curves.append(Curve(middle, colors[kind], 3, KINDS[kind]))
-        panels.append(Panel(title, f"held-out {score.removeprefix('eval/')}", curves))
-    file.write_text(draw(panels))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="cls")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="by default as many as the demo has")
     parser.add_argument("--every", type=int, default=10, help="steps from evaluation to evaluation")
     parser.add_argument("--held_out", type=int, help="first N held-out rows only")
     parser.add_argument(

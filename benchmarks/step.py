@@ -111,7 +111,7 @@ def peer(settings: dict) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     imported = resident()
-    processor = AutoProcessor.from_pretrained(settings["checkpoint"])
+    processor = AutoProcessor.from_pretrained(settings["checkpoint"], padding_side="left")
     special = processor.tokenizer.all_special_ids + list(processor.tokenizer.added_tokens_decoder)
     table = json.loads((Path(settings["images"]) / "train.json").read_text())
     rows = {"prompt": [], "image": []}
