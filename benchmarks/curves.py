@@ -57,15 +57,14 @@ def show(report: dict) -> None:
 
     columns = report["runs"][0]["columns"]
     edges = sorted({round(i * len(columns["step_time"]) / 10) for i in range(11)})
-    print("\nmeans by tenth of the steps, over seeds: " + " / ".join(KINDS[kind] for kind in runs))
+    print("\nmeans by tenth of the steps, over seeds")
     for name in columns:
-        line = f"{name:28}"
-        for part in itertools.starmap(slice, itertools.pairwise(edges)):
-            values = [
-                [v for r in found for v in r["columns"][name][part]] for found in runs.values()
-            ]
-            line += f"{'/'.join(f'{statistics.mean(v):.3g}' for v in values):>20}"
-        print(line)
+        for kind, found in runs.items():
+            line = f"{name:26}{KINDS[kind]:5}"
+            for part in itertools.starmap(slice, itertools.pairwise(edges)):
+                values = [value for run in found for value in run["columns"][name][part]]
+                line += f"{statistics.mean(values):9.3g}"
+            print(line)
 
 
 # ---- the drawing --------------------------------------------------------------------------------

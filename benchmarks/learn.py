@@ -36,31 +36,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import grpo.threads  # noqa: F401  before torch
-
-# isort: split
-import torch
-
 from benchmarks.curves import KINDS, plot, show
 from benchmarks.step import in_own_process, stand_in_for_torchvision
-from data.check import load_splits
-from data.images import open_image
-from grpo.adamw import BETA1, BETA2, EPS
-from grpo.logps import pack_chunks, pack_logps
-from grpo.loss import group_advantages, policy_loss, token_weights
-from grpo.optimizer import total_norm
-from grpo.pack import make_packs
-from grpo.ranks import start
-from grpo.rollout import Group
-from grpo.run.checks import named_weights
-from grpo.run.flags import parse_config
-from grpo.run.metrics import held_out_metrics
-from grpo.tally import Tally
-from models.families import parameter_name
-from models.generate import Sampling
-from models.load import find_folder, load_model
-from models.processor import Processor
-from rewards.parse import ideal_completion
 
 # script, what is measured on held-out rows, and when that is called good
 TASKS = {"cls": ("train_cls", "eval/accuracy", 0.9), "det": ("train_det", "eval/iou", 0.7)}
@@ -110,110 +87,18 @@ def ours(settings: dict) -> dict:
 # ---- the peer -----------------------------------------------------------------------------------
 
 
-class Twin:
-    """The same training here, for the peer's run: its data, the script's own evaluate(), for which
-    this stands in as the run, and a step made again. `model` is given the peer's weights."""
-
-    step = 0
-
-    def __init__(self, settings: dict):
-        # What the script's train() does before its first step.
-        argv = flags(settings)
-        self.script = importlib.import_module(settings["script"])
-        self.config, _ = parse_config(self.script.Config, argv, self.script.DEMO)
-        self.ranks = start(self.config.timeout)
-        self.folder = find_folder(self.config.model_name_or_path)
-        bounds = self.config.min_pixels, self.config.max_pixels
-        self.processor = Processor(self.folder, *bounds)
-        self.rows, held_out = load_splits(self.config, self.processor, self.ranks.progress)
-        self.task = self.script.read_task(self.config, (self.rows, held_out), self.processor, argv)
-        self.held_out = held_out.first(self.config.eval_samples)
-        terms = self.score(ideal_completion(self.task.solution(self.rows[0])), 0)
-        self.weights = named_weights(terms, self.config)
-        self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
-        self.model.frozen_vision = self.reference.frozen_vision = False
-        self.latest: dict = {}  # what the peer's model was fed, what it answered to which rows
-
-    def score(self, text: str, number: int) -> dict[str, float]:
-        return self.script.score(text, self.rows[number], self.task)
-
-    def phase(self, name: str) -> None:
-        pass
-
-    def report_evaluation(self, records, drawn, more=None, files=None) -> None:
-        self.found = held_out_metrics(records) | (more or {})
-
-    def take(self, peer) -> None:
-        """Copies the weights of transformers' model."""
-        missing = dict(self.model.named_parameters())
-        for key, tensor in peer.state_dict().items():
-            if (name := parameter_name(key)) in missing:
-                missing.pop(name).data.copy_(tensor)
-        assert not missing, f"the peer lacks {', '.join(missing)}"
-
-    def measure(self, peer) -> dict:
-        """eval/<term> and so on of the peer's model."""
-        self.take(peer)
-        self.model.suppressed_ids = torch.tensor(self.processor.suppressed_ids)
-        sampling = Sampling.of(self.config, self.processor.stop_ids)
-        rest = (self.held_out, sampling, self.processor, self.task, self.weights)
-        self.script.evaluate(self, self.model, *rest)
-        return self.found
-
-    def check_inputs(self) -> None:
-        """What the peer's model was fed are our token ids and pixels."""
-        fed = self.latest["fed"]
-        prompts = [self.rows[number].prompt(self.processor) for number in self.latest["rows"]]
-        for ids, mask, prompt in zip(fed["input_ids"], fed["attention_mask"], prompts, strict=True):
-            assert ids[mask.bool()].tolist() == prompt.input_ids.tolist(), "other token ids"
-        for name in ("pixel_values", "image_grid_thw"):
-            expected = torch.cat([getattr(prompt, name) for prompt in prompts])
-            torch.testing.assert_close(fed[name], expected, atol=1e-5, rtol=0)
-
-    def check_texts(self) -> None:
-        ids = self.latest["ids"]
-        assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
-        assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
-
-    def repeat(self) -> dict:
-        """Loss, KL, entropy and gradient norm of the peer's latest completions under the weights
-        that were taken. Nothing is suppressed here: the peer's log-probs know all tokens."""
-        config, ids = self.config, self.latest["ids"]
-        pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
-        earned = [[self.weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
-        shape, groups = (-1, config.num_generations), []
-        for first in range(0, len(ids), config.num_generations):
-            prompt = self.rows[self.latest["rows"][first]].prompt(self.processor)
-            some = ids[first : first + config.num_generations]
-            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some], []))
-        rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(shape)
-        advantages = group_advantages(rewards, config.scale_rewards)
-        lengths = torch.tensor([len(one) for one in ids]).view(shape)
-        weights = token_weights(lengths, config.loss_type, config.max_completion_length)
-        self.model.suppressed_ids, tally = None, Tally(config)
-        self.model.zero_grad()
-        for pack in make_packs(groups, config.tokens_per_pack, [advantages, weights]):
-            with torch.no_grad():
-                pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
-            for tokens in pack_chunks(self.model, pack, config.temperature):
-                loss, stats = policy_loss(
-                    tokens.logps, tokens.old_logps, tokens.advantages, tokens.weights,
-                    config.epsilon, config.epsilon_high, tokens.ref_logps, config.beta,
-                )  # fmt: skip
-                loss.backward()
-                tally.add(pack, tokens, loss, stats)
-        tally.updates = 1
-        norm = float(total_norm([parameter.grad for parameter in self.model.parameters()]))
-        return {**tally.metrics(self.ranks, []), "grad_norm": norm}
-
-
 def peer(settings: dict) -> dict:
     """TRL's GRPOTrainer with the demo's flags."""
+    import torch
     from datasets import Dataset
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    twin = Twin(settings)
+    from benchmarks.twin import Twin
+    from data.images import open_image
+    from grpo.adamw import BETA1, BETA2, EPS
+
+    twin = Twin(settings["script"], flags(settings))
     config, own = twin.config, twin.processor
     # What the peer has no flag for, or would count otherwise.
     assert config.num_iterations == 1 and config.overlong_buffer == 0 and config.beta > 0
@@ -246,17 +131,16 @@ def peer(settings: dict) -> dict:
             twin.check_texts()
             if step == 1:
                 twin.check_inputs()
-            self.expected = twin.repeat() if step == COMPARED else {}
+            self.made_here = twin.repeat() if step == COMPARED else {}
             if step == config.max_steps or (every and step % every == 0):
                 held_out.append({"step": step, **twin.measure(model)})
 
         def on_log(self, args, state, control, logs, **_):
-            if "grad_norm" not in logs:
-                return
-            steps.append(kept(logs))
-            for name in ("loss", "kl", "entropy", "grad_norm") if self.expected else ():
-                pair = self.expected[name], logs[name]
-                assert math.isclose(*pair, rel_tol=1e-3, abs_tol=1e-6), f"{name} is {pair}"
+            if "grad_norm" in logs:
+                steps.append(kept(logs))
+                for name, value in self.made_here.items():
+                    pair = value, logs[name]
+                    assert math.isclose(*pair, rel_tol=1e-3, abs_tol=1e-6), f"{name} is {pair}"
 
     processor = AutoProcessor.from_pretrained(twin.folder, padding_side="left")
     bounds = {"shortest_edge": own.min_pixels, "longest_edge": own.max_pixels}
@@ -338,20 +222,16 @@ def train_all(options: argparse.Namespace) -> dict:
         candidates = {"ours": options.threads, "peer": options.peer_threads or options.threads}
         threads = {kind: fastest(kind, settings, candidates[kind]) for kind in options.only}
         for seed, kind in itertools.product(options.seeds, options.only):
-            facts = {
-                "kind": kind,
-                "seed": seed,
-                "threads": threads[kind],
-                "load": os.getloadavg()[0],
-            }
+            facts = {"kind": kind, "seed": seed, "threads": threads[kind]}
+            facts |= {"load": os.getloadavg()[0]}  # what else the machine did
             result = in_own_process(__file__, settings | facts, threads[kind])
             report["runs"].append(facts | recorded(result))
+            check_same(report["runs"][-1], report["runs"][0], score)
             last = report["runs"][-1]["held_out"][-1]
             spent = f"{last['seconds']:.1f} s, {score} {last[score]:.3f}"
             print(f"{KINDS[kind]:5}seed {seed}, threads {threads[kind]}: {spent}", flush=True)
             if options.json:
                 options.json.write_text(compact(report))
-    check_same(report["runs"])
     return report
 
 
@@ -364,12 +244,13 @@ def recorded(result: dict) -> dict:
     return {"held_out": held_out, "columns": {"step_time": result["seconds"], **columns}}
 
 
-def check_same(runs: list[dict]) -> None:
-    """All score the same before the first step, and have the same learning rate in each."""
-    for run in runs:
-        assert run["held_out"][0] == runs[0]["held_out"][0], "not the same checkpoint"
-        pairs = zip(*(r["columns"]["learning_rate"] for r in (run, runs[0])), strict=True)
-        assert all(math.isclose(*pair, abs_tol=1e-12) for pair in pairs), "not the same schedule"
+def check_same(run: dict, first: dict, score: str) -> None:
+    """Both scored the same before the first step (but for ties that other threads round otherwise),
+    and had the same learning rate in each."""
+    before = [each["held_out"][0][score] for each in (run, first)]
+    assert math.isclose(*before, abs_tol=0.01), f"not the same checkpoint: {before}"
+    rates = zip(*(each["columns"]["learning_rate"] for each in (run, first)), strict=True)
+    assert all(math.isclose(*pair, abs_tol=1e-12) for pair in rates), "not the same schedule"
 
 
 def compact(report: dict) -> str:
