@@ -11,10 +11,10 @@ ours that is given the peer's weights.
 
 Asserted in each run: the peer is fed our token ids and pixels, its texts are ours, it stops at our
 stop tokens and never draws what ours never draws, its learning rate is ours at each step, both
-score the same before the first step, and in step 8 its loss, KL, entropy and gradient norm are what
-this code makes of the same weights and completions. What differs: random numbers, the order of
-prompts, and that the peer's log-probs know the tokens that are never drawn. `pip install -e
-".[bench]"`.
+score the same before the first step, and the first 8 steps, made here on its completions, have its
+losses, KLs, entropies and gradient norms and lead to its weights. What differs: random numbers, the
+order of prompts, and that the peer's log-probs know the tokens that are never drawn.
+`pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ NAMES = (  # recorded of each step, with the mean of each reward term
     *("completions/mean_length", "completions/clipped_ratio"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean"),
 )
-COMPARED = 8  # the step whose gradient is made here too
+COMPARED = 8  # of the peer's steps are made here too
 
 
 def flags(settings: dict) -> list[str]:
@@ -120,9 +120,7 @@ def peer(settings: dict) -> dict:
         def on_train_begin(self, *_, model, **__):
             held_out.append({"step": 0, **twin.measure(model)})
 
-        def on_step_begin(self, args, state, control, model, **_):
-            if state.global_step + 1 == COMPARED:
-                twin.take(model)
+        def on_step_begin(self, *_, **__):
             self.started = time.perf_counter()
 
         def on_step_end(self, args, state, control, model, **_):
@@ -131,7 +129,9 @@ def peer(settings: dict) -> dict:
             twin.check_texts()
             if step == 1:
                 twin.check_inputs()
-            self.made_here = twin.repeat() if step == COMPARED else {}
+            self.made_here = twin.repeat(step) if step <= COMPARED else {}
+            if step == COMPARED:
+                twin.check_weights(model)
             if step == config.max_steps or (every and step % every == 0):
                 held_out.append({"step": step, **twin.measure(model)})
 

@@ -13,7 +13,7 @@ import torch
 from data.check import load_splits
 from grpo.logps import pack_chunks, pack_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
-from grpo.optimizer import total_norm
+from grpo.optimizer import Optimizer, learning_rate
 from grpo.pack import make_packs
 from grpo.ranks import start
 from grpo.rollout import Group
@@ -51,6 +51,7 @@ class Twin:
         self.weights = named_weights(terms, self.config)
         self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
         self.model.frozen_vision = self.reference.frozen_vision = False
+        self.optimizer = Optimizer(self.model, self.config.weight_decay)
         self.latest: dict = {}
 
     def score(self, text: str, number: int) -> dict[str, float]:
@@ -93,15 +94,28 @@ class Twin:
             expected = torch.cat([getattr(prompt, name) for prompt in prompts])
             torch.testing.assert_close(fed[name], expected, atol=1e-5, rtol=0)
 
+    def check_weights(self, peer) -> None:
+        """Steps made here have led where the peer's have led."""
+        own, start = (dict(m.named_parameters()) for m in (self.model, self.reference))
+        own = {name: weight.detach().clone() for name, weight in own.items()}
+        self.take(peer)
+        there = dict(self.model.named_parameters())
+        apart, way = (
+            sum((there[name] - weight).square().sum().item() for name, weight in other.items())
+            for other in (own, start)
+        )
+        assert apart < 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
+
     def check_texts(self) -> None:
         """Texts are ours, and no token was drawn that is never drawn here."""
         ids = self.latest["ids"]
         assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
         assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
 
-    def repeat(self) -> dict:
-        """Loss, KL, entropy and gradient norm of the peer's latest completions under the weights
-        that were taken. Nothing is suppressed here: the peer's log-probs know all tokens."""
+    def repeat(self, step: int) -> dict:
+        """Makes the peer's step here, on its completions; loss, KL, entropy and gradient norm.
+
+        Nothing is suppressed here: the peer's log-probs know all tokens."""
         config, ids = self.config, self.latest["ids"]
         pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
         earned = [[self.weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
@@ -115,7 +129,6 @@ class Twin:
         lengths = torch.tensor([len(one) for one in ids]).view(shape)
         weights = token_weights(lengths, config.loss_type, config.max_completion_length)
         self.model.suppressed_ids, tally = None, Tally(config)
-        self.model.zero_grad()
         for pack in make_packs(groups, config.tokens_per_pack, [advantages, weights]):
             with torch.no_grad():
                 pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
@@ -128,5 +141,6 @@ class Twin:
                 tally.add(pack, tokens, loss, stats)
         tally.updates = 1
         found = tally.metrics(self.ranks, [])
-        found["grad_norm"] = float(total_norm([p.grad for p in self.model.parameters()]))
+        rate = learning_rate(config, step, config.max_steps)
+        found["grad_norm"] = self.optimizer.step(rate, config.max_grad_norm)
         return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}
