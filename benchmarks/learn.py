@@ -14,7 +14,7 @@ stop tokens and never draws what ours never draws, its learning rate is ours at 
 score the same before the first step, and the first 8 steps, made here on its completions, have its
 losses, KLs, entropies and gradient norms and lead to its weights. What differs: random numbers, the
 order of prompts, and that the peer's log-probs know the tokens that are never drawn.
-`pip install -e ".[bench]"`.
+docs/performance.md says how to install the peer.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def ours(settings: dict) -> dict:
     return {
         "seconds": [line["step_time"] for line in steps],
         "steps": [kept(line) for line in steps],
-        "held_out": [{k: line[k] for k in line if re.match("step$|eval/", k)} for line in held_out],
+        "held_out": held_out,
     }
 
 
@@ -215,7 +215,7 @@ def train_all(options: argparse.Namespace) -> dict:
     script, score, target = TASKS[options.task]
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     report = {"task": options.task, "score": score, "target": target, "versions": versions}
-    report["runs"] = []
+    report |= {"cores": os.cpu_count(), "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         settings = {name: getattr(options, name) for name in ("steps", "every", "held_out")}
         settings |= {"script": script, "score": score, "folder": folder, "seed": options.seeds[0]}
@@ -238,7 +238,11 @@ def train_all(options: argparse.Namespace) -> dict:
 def recorded(result: dict) -> dict:
     """A run as it is written down: columns, and the seconds at which each evaluation stands."""
     clock = [0.0, *itertools.accumulate(result["seconds"])]
-    held_out = [{**line, "seconds": clock[line["step"]]} for line in result["held_out"]]
+    held_out = [
+        {"step": line["step"], "seconds": clock[line["step"]]}
+        | {name: line[name] for name in line if re.fullmatch("eval/[^/]+", name)}
+        for line in result["held_out"]
+    ]
     names = result["steps"][0]
     columns = {name: [line[name] for line in result["steps"]] for name in names}
     return {"held_out": held_out, "columns": {"step_time": result["seconds"], **columns}}
