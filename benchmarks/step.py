@@ -111,7 +111,7 @@ def peer(settings: dict) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     imported = resident()
-    processor = AutoProcessor.from_pretrained(settings["checkpoint"])
+    processor = AutoProcessor.from_pretrained(settings["checkpoint"], padding_side="left")
     special = processor.tokenizer.all_special_ids + list(processor.tokenizer.added_tokens_decoder)
     table = json.loads((Path(settings["images"]) / "train.json").read_text())
     rows = {"prompt": [], "image": []}
@@ -219,16 +219,21 @@ def stand_in_for_torchvision() -> None:
 # ---- the comparison -----------------------------------------------------------------------------
 
 
+def in_own_process(script: str, settings: dict, threads: int) -> dict:
+    """What `script --worker SETTINGS` prints as its last line, run in a fresh process."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": settings["folder"]}
+    command = [sys.executable, script, "--worker", json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{settings['kind']} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def worker(kind: str, settings: dict) -> dict:
     """Runs one trainer in a fresh process; its numbers without the first step's."""
     settings = settings | {"kind": kind, "checkpointing": kind == "peer"}
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": settings["folder"]}
-    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{kind} failed:\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = in_own_process(__file__, settings, threads=2)
     result["seconds"] = result["seconds"][1:]
     result["phases"] = {name: spent[1:] for name, spent in result["phases"].items()}
     return result

@@ -1,0 +1,146 @@
+"""Our side of the peer's run in benchmarks/learn.py: its data, the script's own evaluate() on the
+peer's weights, and the checks that the peer is fed, draws and computes what is fed, drawn and
+computed here."""
+
+import importlib
+import itertools
+
+import grpo.threads  # noqa: F401  before torch
+
+# isort: split
+import torch
+
+from data.check import load_splits
+from grpo.logps import pack_chunks, pack_logps
+from grpo.loss import group_advantages, policy_loss, token_weights
+from grpo.optimizer import Optimizer, learning_rate
+from grpo.pack import make_packs
+from grpo.ranks import start
+from grpo.rollout import Group
+from grpo.run.checks import named_weights
+from grpo.run.flags import parse_config
+from grpo.run.metrics import held_out_metrics
+from grpo.tally import Tally
+from models.families import parameter_name
+from models.generate import Sampling
+from models.load import find_folder, load_model
+from models.processor import Processor
+from rewards.parse import ideal_completion
+
+
+class Twin:
+    """What a script's train() has before its first step, and a model that takes the peer's weights.
+
+    script: the module's name. argv: its flags. latest: of the peer's latest step, as its reward and
+    its model saw it: `fed` (the model's inputs), `texts`, `ids`, `rows` (their numbers).
+    """
+
+    step = 0
+
+    def __init__(self, script: str, argv: list[str]):
+        self.script = importlib.import_module(script)
+        self.config, _ = parse_config(self.script.Config, argv, self.script.DEMO)
+        self.ranks = start(self.config.timeout)
+        self.folder = find_folder(self.config.model_name_or_path)
+        pixels = self.config.min_pixels, self.config.max_pixels
+        self.processor = Processor(self.folder, *pixels)
+        self.rows, held_out = load_splits(self.config, self.processor, self.ranks.progress)
+        self.task = self.script.read_task(self.config, (self.rows, held_out), self.processor, argv)
+        self.held_out = held_out.first(self.config.eval_samples)
+        terms = self.score(ideal_completion(self.task.solution(self.rows[0])), 0)
+        self.weights = named_weights(terms, self.config)
+        self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
+        self.model.frozen_vision = self.reference.frozen_vision = False
+        self.optimizer = Optimizer(self.model, self.config.weight_decay)
+        self.latest: dict = {}
+
+    def score(self, text: str, number: int) -> dict[str, float]:
+        return self.script.score(text, self.rows[number], self.task)
+
+    # What evaluate() asks of a run, besides config, ranks and step.
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def report_evaluation(self, records, drawn, more=None, files=None) -> None:
+        self.found = held_out_metrics(records) | (more or {})
+
+    # What the peer's run asks.
+
+    def take(self, peer) -> None:
+        """Copies the weights of transformers' model."""
+        missing = dict(self.model.named_parameters())
+        for key, tensor in peer.state_dict().items():
+            if (name := parameter_name(key)) in missing:
+                missing.pop(name).data.copy_(tensor)
+        assert not missing, f"the peer lacks {', '.join(missing)}"
+
+    def measure(self, peer) -> dict:
+        """eval/<term> and so on of the peer's model."""
+        self.take(peer)
+        self.model.suppressed_ids = torch.tensor(self.processor.suppressed_ids)
+        sampling = Sampling.of(self.config, self.processor.stop_ids)
+        rest = (self.held_out, sampling, self.processor, self.task, self.weights)
+        self.script.evaluate(self, self.model, *rest)
+        return self.found
+
+    def check_inputs(self) -> None:
+        """What the peer's model was fed are our token ids and pixels."""
+        fed = self.latest["fed"]
+        prompts = [self.rows[number].prompt(self.processor) for number in self.latest["rows"]]
+        for ids, mask, prompt in zip(fed["input_ids"], fed["attention_mask"], prompts, strict=True):
+            assert ids[mask.bool()].tolist() == prompt.input_ids.tolist(), "other token ids"
+        for name in ("pixel_values", "image_grid_thw"):
+            expected = torch.cat([getattr(prompt, name) for prompt in prompts])
+            torch.testing.assert_close(fed[name], expected, atol=1e-5, rtol=0)
+
+    def check_weights(self, peer) -> None:
+        """Steps made here have led where the peer's have led."""
+        own, start = (dict(m.named_parameters()) for m in (self.model, self.reference))
+        own = {name: weight.detach().clone() for name, weight in own.items()}
+        self.take(peer)
+        there = dict(self.model.named_parameters())
+        apart, way = (
+            sum((there[name] - weight).square().sum().item() for name, weight in other.items())
+            for other in (own, start)
+        )
+        assert apart < 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
+
+    def check_texts(self) -> None:
+        """Texts are ours, and no token was drawn that is never drawn here."""
+        ids = self.latest["ids"]
+        assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
+        assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
+
+    def repeat(self, step: int) -> dict:
+        """Makes the peer's step here, on its completions; loss, KL, entropy and gradient norm.
+
+        Nothing is suppressed here: the peer's log-probs know all tokens."""
+        config, ids = self.config, self.latest["ids"]
+        pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
+        earned = [[self.weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
+        shape, groups = (-1, config.num_generations), []
+        for first in range(0, len(ids), config.num_generations):
+            prompt = self.rows[self.latest["rows"][first]].prompt(self.processor)
+            some = ids[first : first + config.num_generations]
+            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some], []))
+        rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(shape)
+        advantages = group_advantages(rewards, config.scale_rewards)
+        lengths = torch.tensor([len(one) for one in ids]).view(shape)
+        weights = token_weights(lengths, config.loss_type, config.max_completion_length)
+        self.model.suppressed_ids, tally = None, Tally(config)
+        for pack in make_packs(groups, config.tokens_per_pack, [advantages, weights]):
+            with torch.no_grad():
+                pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
+            for tokens in pack_chunks(self.model, pack, config.temperature):
+                loss, stats = policy_loss(
+                    tokens.logps, tokens.old_logps, tokens.advantages, tokens.weights,
+                    config.epsilon, config.epsilon_high, tokens.ref_logps, config.beta,
+                )  # fmt: skip
+                loss.backward()
+                tally.add(pack, tokens, loss, stats)
+        tally.updates = 1
+        found = tally.metrics(self.ranks, [])
+        rate = learning_rate(config, step, config.max_steps)
+        found["grad_norm"] = self.optimizer.step(rate, config.max_grad_norm)
+        return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}
