@@ -101,6 +101,8 @@ def moved(name, func, args, kwargs, given: list[Tensor], made: list[Tensor]) -> 
     if name in FEW:
         few = given[1:] if name.endswith("_") else made
         return 2 * sum(size(t) for t in few)
+    if name.startswith("_foreach") and not made and name != "_foreach_copy_":
+        return 2 * sum(size(t) for t in given)
     if name in OVERWRITE or func._overloadname == "out":
         made = made if name not in OVERWRITE else made[:1]
         given = [t for t in given if all(t is not one for one in made)]

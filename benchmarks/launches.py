@@ -7,10 +7,10 @@ The first needs the emulated device that CONTRIBUTING.md describes: a random mod
 depth and structure, but narrow, in bfloat16 with variable-length FlashAttention. Width does not
 change how much is launched. The second needs no device: the published shapes on torch's meta
 device, 8 prompts of an image of 448 pixels (512 for Qwen3-VL: 256 tokens) and 44 more tokens x 8
-completions of 256 tokens, tokens_per_pack and gradient_checkpointing as they are by default. Each
+completions of 256 tokens, with gradient checkpointing. Each
 operation takes the larger of two times: its multiplications at 800 TFLOP/s, and what it reads and
-writes at 3.0 TB/s. A phase takes the larger of their sum and 5 microseconds a launch. Decoding is a
-formula. What one operation launches beside one kernel (a sort, say) is not counted.
+writes at 3.0 TB/s. A phase takes the sum of these, but at least 5 microseconds a launch. Decoding
+is a formula. What one operation launches beside one kernel (a sort, say) is not counted.
 """
 
 import argparse
@@ -111,14 +111,13 @@ def train(model: QwenVL, packs: list[Pack], tally: Tally, chunk: int | None = No
             tally.add(pack, tokens, loss, stats)
 
 
-def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int, one_pack: bool):
-    """Yields (name, Count, packs of it) of each phase; on meta the optimizers' are counted too."""
+def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int, limit: int):
+    """Yields (name, Count) of each phase. limit: tokens in a pack."""
     model, meta = build(config, device), device == "meta"
     settings = TrainingConfig(model_name_or_path="m", dataset_name="d")
     groups = make_groups(config, image_tokens, completion)
     prompts = [group.prompt for group in groups]
     ones = torch.ones(len(groups), GROUP)
-    limit = 10**9 if one_pack else settings.tokens_per_pack
     packs = make_packs(groups, limit, (ones, ones))
     tokens, lengths = len(packs[0].targets), [len(prompt) for prompt in prompts]
     ids = torch.cat([prompt.input_ids for prompt in prompts]).to(device)
@@ -163,7 +162,7 @@ def update_on_meta(optimizer: Optimizer) -> None:
     if optimizer.light is not None:
         optimizer.light.step(1e-6, 1, 1.0)
     masters = [m for group in optimizer.adamw.param_groups for m in group["params"]]
-    torch.nn.utils.clip_grads_with_norm_(masters, 1.0, norm)
+    torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
     if Norm.count is not None:  # fused AdamW: reads four numbers and writes three
         Norm.count.operations["_fused_adamw_"] += 2
         Norm.count.take(0, 7 * sum(m.nbytes for m in masters))
@@ -178,7 +177,7 @@ def counted(family: str) -> dict:
     config = parse_config(narrow(FAMILIES[family]), family)
     found = {}
     print("| phase | launches | on (chunk, V) | copies of it | waits |\n|---|---|---|---|---|")
-    for name, count in phases(config, "cuda", 4, 6, one_pack=True):
+    for name, count in phases(config, "cuda", 4, 6, 10**9):
         numbers = (count.launches, count.logits, count.logit_copies, count.waits.total())
         if "two chunks" in name:  # less those with one
             first = found[name.removesuffix(", two chunks")]["numbers"]
@@ -194,35 +193,37 @@ def counted(family: str) -> dict:
     return found
 
 
-def predict(name: str, per_token: int) -> dict:
+def predict(name: str, per_token: int, limit: int) -> dict:
     """Seconds of each phase on one H100, by what is counted at the published shapes."""
     config = parse_config(published(name), name)
     rows = {}
     F.rms_norm = lambda x, shape, weight, eps: Norm.apply(x, weight)
-    for phase, count in phases(config, "meta", 256, COMPLETION, one_pack=False):
+    for phase, count in phases(config, "meta", 256, COMPLETION, limit):
         rows[phase] = (count.flops, count.bytes, count.launches, count.seconds)
         if phase == "prefill":
             rows |= decoding(config, per_token)
     print(
-        f"\n{name}\n\n| phase | TFLOP | ms | GB | ms | launches | ms | one after the other, ms | ",
-        end="",
+        f"\n{name}\n\n| phase | TFLOP | GB | launches | multiplications, ms | memory, ms | "
+        "launches, ms | operation by operation, ms | predicted, ms | bound by |\n"
+        + "|---" * 10
+        + "|"
     )
-    print("predicted, ms | bound by |\n|---|---|---|---|---|---|---|---|---|---|")
     for phase, (flops, size, launches, busy) in rows.items():
         times = {"multiplications": flops / FLOPS, "memory": size / BANDWIDTH}
-        limit = max(times, key=times.get)
-        predicted = max(busy, launches * LAUNCH)
-        limit = "launches" if predicted > busy else limit
-        rows[phase] = {"flops": flops, "bytes": size, "launches": launches, "busy_s": busy}
-        rows[phase] |= {"predicted_s": predicted, "bound": limit}
-        cells = [
-            f"{flops / 1e12:.1f}",
-            f"{1e3 * times['multiplications']:.0f}",
-            f"{size / 1e9:.0f}",
-        ]
-        cells += [f"{1e3 * times['memory']:.0f}", f"{launches:,}", f"{1e3 * launches * LAUNCH:.0f}"]
-        cells += [f"{1e3 * busy:.0f}", f"{1e3 * predicted:.0f}", limit]
-        print(f"| {phase} | " + " | ".join(cells) + " |")
+        times["launches"] = launches * LAUNCH
+        row = {"flops": flops, "bytes": size, "launches": launches, "seconds": times}
+        predicted = max(busy, times["launches"])
+        rows[phase] = row | {"busy_s": busy, "predicted_s": predicted}
+        ms = [f"{1e3 * x:.0f}" for x in (*times.values(), busy, predicted)]
+        cells = [f"{flops / 1e12:.1f}", f"{size / 1e9:.0f}", f"{launches:,}", *ms]
+        print(f"| {phase} | " + " | ".join(cells) + f" | {max(times, key=times.get)} |")
+    every = {phase: row["predicted_s"] for phase, row in rows.items()}
+    for how in ("eager", "in a captured graph"):
+        for optim in OPTIMIZERS:
+            parts = ["vision tower", "prefill", f"decoding, {how}", "reference"]
+            parts += [f"training, {optim}", f"optimizer, {optim}"]
+            total = sum(every[part] for part in parts)
+            print(f"a step, decoding {how}, {optim}: {total:.2f} s")
     return rows
 
 
@@ -248,11 +249,13 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
     parser.add_argument("--decode_launches", type=int, default=1189, help="a token, not captured")
+    parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.predict:
-        found = {name: predict(name, options.decode_launches) for name in options.predict}
+        numbers = options.decode_launches, options.tokens_per_pack
+        found = {name: predict(name, *numbers) for name in options.predict}
     elif not hasattr(torch, "_rehearsal"):
         sys.exit(
             "launches.py counts on the emulated device that CONTRIBUTING.md describes: run it "
