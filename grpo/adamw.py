@@ -77,10 +77,9 @@ class EightBitMoment:
         value = value if self.signed else value.sqrt()
         blocks = F.pad(value, (0, self.padding)).unflatten(1, (-1, BLOCK))
         scales = blocks.abs().amax(2)
-        entries = table(self.signed, value.device)
-        middles = (entries[1:] + entries[:-1]) / 2
         shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-        codes = torch.bucketize(shares.flatten(1), middles, out_int32=True)
+        borders = middles(self.signed, value.device)
+        codes = torch.bucketize(shares.flatten(1), borders, out_int32=True)
         local_rows(self.codes)[0][rows].view(torch.uint8).copy_(codes)
         local_rows(self.scales)[0][rows].copy_(scales)
 
@@ -97,6 +96,13 @@ def table(signed: bool, device: torch.device) -> Tensor:
     positive = torch.cat(decades)
     others = [-positive] if signed else []
     return torch.cat([*others, positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+
+
+@functools.cache
+def middles(signed: bool, device: torch.device) -> Tensor:
+    """Between which numbers of `table` a code is the nearest, (255,) float32."""
+    entries = table(signed, device)
+    return (entries[1:] + entries[:-1]) / 2
 
 
 # bytes of both moments of a number

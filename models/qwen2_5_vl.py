@@ -16,6 +16,7 @@ from models.config import (
 )
 from models.layers import RMSNorm, SwiGLU
 from models.qwen2_vl import decoder_fields
+from models.transfer import to_device
 from models.vision import PatchMerger, Tower, VisionBlock
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -98,7 +99,7 @@ class VisionTower(Tower):
         # Windows are rows of a packed tensor. The tokens of a window are brought together once;
         # an image's tokens stay together, so full attention does not mind.
         order, sizes = self.windows(grids)
-        order = order.to(x.device)
+        order = to_device(order, x.device)
         unit = self.config.spatial_merge_size**2  # patches of a token
         patches = (order[:, None] * unit + torch.arange(unit, device=x.device)).flatten()
         x, (cos, sin) = x[patches], (part[patches] for part in self.rotary(grids, x))

@@ -14,6 +14,7 @@ from models.config import (
     shared_vision_fields,
     text_table,
 )
+from models.transfer import to_device
 from models.vision import Tower, VisionBlock
 
 MODEL_TYPE = "qwen3_vl"
@@ -191,15 +192,16 @@ class VisionTower(Tower):
         read between its entries by bilinear interpolation, with float32 factors."""
         side = round(self.config.num_position_embeddings**0.5)
         near, far, weight = [], [], []
-        grids_of = torch.tensor(grids, device=device)
+        grids_of = torch.tensor(grids)
         sizes = grids_of[:, 1:].repeat_interleave(grids_of.prod(1), 0)
         sizes = sizes.clamp(min=2)  # a single row or column is entry 0
-        for place, size in zip(self.places(grids, device), sizes.T, strict=True):
+        for place, size in zip(self.places(grids), sizes.T, strict=True):
             place = place.float() * (side - 1) / (size - 1)
             low = place.floor()
             near.append(low.long())
             far.append((low.long() + 1).clamp(max=side - 1))
             weight.append(1 - (place - low))  # of the near one; the far one has the rest
+        near, far, weight = ([to_device(x, device) for x in two] for two in (near, far, weight))
         total = 0
         for rows, down in ((near[0], weight[0]), (far[0], 1 - weight[0])):
             for columns, across in ((near[1], weight[1]), (far[1], 1 - weight[1])):

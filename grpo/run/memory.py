@@ -61,7 +61,7 @@ def estimate_memory(
     rows = math.ceil(tokens / longest)
     at = activation_numbers(config, model, tokens, rows, lengths, device == "cpu")
     predicted = longest - longest_prompt  # a row's tokens that the head works on
-    chunk = min(chunk_tokens(model.vocab_size), tokens, rows * predicted)
+    chunk = min(chunk_tokens(model.vocab_size, device), tokens, rows * predicted)
     head = model.vocab_size * model.hidden_size
     logits = chunk * model.vocab_size * (6 if bf16 else 4)  # in float32, beside a copy in bf16
     whole = world == 1 or adapters > 0  # every rank holds the whole model

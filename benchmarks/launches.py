@@ -1,0 +1,271 @@
+"""Operations that each phase of a step launches, its waits for the device, and a prediction.
+
+    REHEARSAL/python benchmarks/launches.py --family qwen2_vl --json FILE
+    python -m benchmarks.launches --predict "Qwen2-VL 2B" "Qwen2.5-VL 7B"
+
+The first needs the emulated device that CONTRIBUTING.md describes: a random model of the published
+depth and structure, but narrow, in bfloat16 with variable-length FlashAttention. Width does not
+change how much is launched. The second needs no device: the published shapes on torch's meta
+device, 8 prompts of an image of 448 pixels (512 for Qwen3-VL: 256 tokens) and 44 more tokens x 8
+completions of 256 tokens, with gradient checkpointing. Each
+operation takes the larger of two times: its multiplications at 800 TFLOP/s, and what it reads and
+writes at 3.0 TB/s. A phase takes the sum of these, but at least 5 microseconds a launch. Decoding
+is a formula. What one operation launches beside one kernel (a sort, say) is not counted.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm  # noqa: E402
+from benchmarks.memory import SIZES, published  # noqa: E402
+from grpo.logps import pack_chunks, pack_logps  # noqa: E402
+from grpo.loss import policy_loss  # noqa: E402
+from grpo.optimizer import Optimizer, total_norm  # noqa: E402
+from grpo.pack import Pack, make_packs  # noqa: E402
+from grpo.rollout import Group  # noqa: E402
+from grpo.run.config import TrainingConfig  # noqa: E402
+from grpo.tally import Tally  # noqa: E402
+from models.cache import KVCache  # noqa: E402
+from models.config import QwenVLConfig  # noqa: E402
+from models.families import parse_config  # noqa: E402
+from models.prompt import Prompt, mrope_position_ids  # noqa: E402
+from models.qwen_vl import QwenVL, image_features  # noqa: E402
+from models.storage import allocate  # noqa: E402
+
+FAMILIES = {
+    "qwen2_vl": "Qwen2-VL 2B",
+    "qwen2_5_vl": "Qwen2.5-VL 7B",
+    "qwen3_vl": "Qwen3-VL 2B",
+}
+OPTIMIZERS = ("adamw_torch", "adamw_8bit")
+LAUNCH = 5e-6  # seconds
+PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
+
+
+# ---- the work of a step -------------------------------------------------------------------------
+
+
+def narrow(name: str) -> dict:
+    """config.json of a published model, of its depth and heads, with heads of 8 and few entries."""
+    raw = published(name) | {"image_token_id": 1001, "video_token_id": 1002}
+    raw |= {"vision_start_token_id": 1003, "vision_end_token_id": 1004}
+    text = raw.get("text_config", raw)
+    text |= {"hidden_size": 8 * text["num_attention_heads"], "vocab_size": 1016}
+    text |= {"intermediate_size": 104, "num_hidden_layers": 28, "head_dim": 8}
+    text["rope_scaling"] = text["rope_scaling"] | {"mrope_section": [2, 1, 1]}
+    vision, wide = raw["vision_config"], 8 * raw["vision_config"]["num_heads"]
+    for key in ("out_hidden_size", "hidden_size", "embed_dim"):
+        outer = key == "out_hidden_size" or "embed_dim" in vision and key == "hidden_size"
+        if key in vision:
+            vision[key] = text["hidden_size"] if outer else wide
+    if "intermediate_size" in vision:
+        vision["intermediate_size"] = 112
+    return raw | {"vision_config": vision | {"depth": 32}}
+
+
+def build(config: QwenVLConfig, device: str) -> QwenVL:
+    with torch.device("meta"):
+        model = QwenVL(config, "flash_attention_2")
+    model = model.to(torch.bfloat16)
+    if device != "meta":
+        model = allocate(model, torch.bfloat16, device).initialize()
+    model.suppressed_ids = torch.tensor([1], device=device)
+    model.model.gradient_checkpointing = model.visual.gradient_checkpointing = True
+    return model
+
+
+def make_groups(config: QwenVLConfig, image_tokens: int, completion: int) -> list[Group]:
+    """Prompts with an image each, and completions, all of one length."""
+    side, groups = math.isqrt(image_tokens), []
+    n = side * config.vision.spatial_merge_size
+    for index in range(PROMPTS):
+        ids = torch.zeros(TEXT + image_tokens, dtype=torch.int64)
+        ids[TEXT // 2 : TEXT // 2 + image_tokens] = config.image_token_id
+        grid, pixels = torch.tensor([[1, n, n]]), torch.randn(n * n, config.vision.patch_dim)
+        places = mrope_position_ids(ids, grid, config)
+        prompt = Prompt(ids, *places, pixels, grid, (str(index),))
+        answers = [[2] * completion] * GROUP, [torch.zeros(completion)] * GROUP
+        groups.append(Group(prompt, *answers, [False] * GROUP))
+    return groups
+
+
+def train(model: QwenVL, packs: list[Pack], tally: Tally, chunk: int | None = None) -> None:
+    """As train_cls.py does."""
+    for pack in packs:
+        for tokens in pack_chunks(model, pack, 1.0, chunk):
+            loss, stats = policy_loss(
+                tokens.logps, None, tokens.advantages, tokens.weights, 0.2, None,
+                tokens.ref_logps, 0.04,
+            )  # fmt: skip
+            loss.backward()
+            tally.add(pack, tokens, loss, stats)
+
+
+def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int, limit: int):
+    """Yields (name, Count) of each phase. limit: tokens in a pack."""
+    model, meta = build(config, device), device == "meta"
+    settings = TrainingConfig(model_name_or_path="m", dataset_name="d")
+    groups = make_groups(config, image_tokens, completion)
+    prompts = [group.prompt for group in groups]
+    ones = torch.ones(len(groups), GROUP)
+    packs = make_packs(groups, limit, (ones, ones))
+    tokens, lengths = len(packs[0].targets), [len(prompt) for prompt in prompts]
+    ids = torch.cat([prompt.input_ids for prompt in prompts]).to(device)
+    positions = torch.cat([prompt.position_ids for prompt in prompts], 1).to(device)
+    last = (torch.tensor(lengths).cumsum(0) - 1).to(device)
+    inside = functools.partial(Count, config.vocab_size)
+
+    with torch.no_grad():
+        with inside() as count:
+            features = image_features(model, prompts)
+        yield "vision tower", count
+        with inside() as count:
+            bounds = model.bounds([(length,) for length in lengths])
+            cache = KVCache(config.num_hidden_layers, GROUP, completion)
+            model(ids, positions, bounds, features, cache, last)
+        yield "prefill", count
+        with inside() as count:
+            for pack in packs:
+                pack.ref_logps = pack_logps(model, pack, 1.0, None if meta else tokens)
+        yield "reference", count
+    for name in OPTIMIZERS:
+        model = build(config, device)
+        optimizer, tally = Optimizer(model, 0.0, optim=name), Tally(settings)
+        for parts in (1, 2) if not meta else (0,):  # parts: chunks of the head
+            with inside() as count:
+                train(model, packs, tally, tokens // parts if parts else None)
+            yield f"training, {name}" + ", two chunks" * (parts == 2), count
+            if parts == 1:
+                optimizer.step(1e-6, 1.0)  # the first makes moments
+        with inside() as count:
+            if meta:
+                update_on_meta(optimizer)
+            else:
+                _ = tally.drift, tally.is_finite()  # before a step's first update
+                optimizer.step(1e-6, 1.0)
+        yield f"optimizer, {name}", count
+
+
+def update_on_meta(optimizer: Optimizer) -> None:
+    """`Optimizer.step`, which reads a norm, without reading it."""
+    norm = total_norm(list(optimizer.gradients().values()))
+    if optimizer.light is not None:
+        optimizer.light.step(1e-6, 1, 1.0)
+    masters = [m for group in optimizer.adamw.param_groups for m in group["params"]]
+    torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
+    if Norm.count is not None:  # fused AdamW: reads four numbers and writes three
+        Norm.count.operations["_fused_adamw_"] += 2
+        Norm.count.take(0, 7 * sum(m.nbytes for m in masters))
+    optimizer._write_back()
+
+
+# ---- the two tables -----------------------------------------------------------------------------
+
+
+def counted(family: str) -> dict:
+    """Counts of each phase on the emulated device, and of one more chunk of the head."""
+    config = parse_config(narrow(FAMILIES[family]), family)
+    found = {}
+    print("| phase | launches | on (chunk, V) | copies of it | waits |\n|---|---|---|---|---|")
+    for name, count in phases(config, "cuda", 4, 6, 10**9):
+        numbers = (count.launches, count.logits, count.logit_copies, count.waits.total())
+        if "two chunks" in name:  # less those with one
+            first = found[name.removesuffix(", two chunks")]["numbers"]
+            numbers = tuple(b - a for a, b in zip(first, numbers, strict=True))
+            name = name.replace("two chunks", "of it each chunk of the head")
+        print(f"| {name} | " + " | ".join(map(str, numbers)) + " |", flush=True)
+        found[name] = {"numbers": numbers, "waits": count.waits, "operations": count.operations}
+    for name, row in found.items():
+        if row["waits"] and "each chunk" not in name:
+            print(f"\nwaits in {name}:")
+            for line, times in row["waits"].most_common():
+                print(f"  {times:4} {line}")
+    return found
+
+
+def predict(name: str, per_token: int, limit: int) -> dict:
+    """Seconds of each phase on one H100, by what is counted at the published shapes."""
+    config = parse_config(published(name), name)
+    rows = {}
+    F.rms_norm = lambda x, shape, weight, eps: Norm.apply(x, weight)
+    for phase, count in phases(config, "meta", 256, COMPLETION, limit):
+        rows[phase] = (count.flops, count.bytes, count.launches, count.seconds)
+        if phase == "prefill":
+            rows |= decoding(config, per_token)
+    print(
+        f"\n{name}\n\n| phase | TFLOP | GB | launches | multiplications, ms | memory, ms | "
+        "launches, ms | operation by operation, ms | predicted, ms | bound by |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for phase, (flops, size, launches, busy) in rows.items():
+        times = {"multiplications": flops / FLOPS, "memory": size / BANDWIDTH}
+        times["launches"] = launches * LAUNCH
+        row = {"flops": flops, "bytes": size, "launches": launches, "seconds": times}
+        predicted = max(busy, times["launches"])
+        rows[phase] = row | {"busy_s": busy, "predicted_s": predicted}
+        ms = [f"{1e3 * x:.0f}" for x in (*times.values(), busy, predicted)]
+        cells = [f"{flops / 1e12:.1f}", f"{size / 1e9:.0f}", f"{launches:,}", *ms]
+        print(f"| {phase} | " + " | ".join(cells) + f" | {max(times, key=times.get)} |")
+    every = {phase: row["predicted_s"] for phase, row in rows.items()}
+    for how in ("eager", "in a captured graph"):
+        for optim in OPTIMIZERS:
+            parts = ["vision tower", "prefill", f"decoding, {how}", "reference"]
+            parts += [f"training, {optim}", f"optimizer, {optim}"]
+            total = sum(every[part] for part in parts)
+            print(f"a step, decoding {how}, {optim}: {total:.2f} s")
+    return rows
+
+
+def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
+    """All tokens but the first: weights and head are read once a token, a prompt's keys and values
+    once a group, a sample's own as they grow, and logits are passed over five times in float32."""
+    with torch.device("meta"):
+        model = QwenVL(config)
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.head_weight.numel()
+    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    samples, prompt, steps = PROMPTS * GROUP, TEXT + 256, COMPLETION - 1
+    keys = kv * (PROMPTS * prompt + samples * COMPLETION / 2)
+    size = steps * (2 * weights + keys + 5 * 4 * samples * config.vocab_size)
+    seen = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    flops = steps * samples * (2 * weights + seen * (prompt + COMPLETION / 2))
+    busy = max(flops / FLOPS, size / BANDWIDTH)
+    eager, captured = (flops, size, steps * per_token, busy), (flops, size, 0, busy)
+    return {"decoding, eager": eager, "decoding, in a captured graph": captured}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
+    parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
+    parser.add_argument("--decode_launches", type=int, default=1189, help="a token, not captured")
+    parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.predict:
+        numbers = options.decode_launches, options.tokens_per_pack
+        found = {name: predict(name, *numbers) for name in options.predict}
+    elif not hasattr(torch, "_rehearsal"):
+        sys.exit(
+            "launches.py counts on the emulated device that CONTRIBUTING.md describes: run it "
+            "with that environment's python, or ask for --predict, which needs no device"
+        )
+    else:
+        found = counted(options.family)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
