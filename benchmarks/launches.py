@@ -35,7 +35,7 @@ from grpo.pack import Pack, make_packs  # noqa: E402
 from grpo.rollout import Group  # noqa: E402
 from grpo.run.config import TrainingConfig  # noqa: E402
 from grpo.tally import Tally  # noqa: E402
-from models.cache import KVCache  # noqa: E402
+from models.cache import KVCache, Layout  # noqa: E402
 from models.config import QwenVLConfig  # noqa: E402
 from models.families import parse_config  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
@@ -131,7 +131,9 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
         yield "vision tower", count
         with inside() as count:
             bounds = model.bounds([(length,) for length in lengths])
-            cache = KVCache(config.num_hidden_layers, GROUP, completion)
+            cache = KVCache(config, model.dtype, torch.device(device))
+            cache.divide(Layout(len(prompts), GROUP, max(lengths), completion))
+            cache.expect(0, lengths)
             model(ids, positions, bounds, features, cache, last)
         yield "prefill", count
         with inside() as count:
@@ -240,7 +242,7 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
     seen = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     flops = steps * samples * (2 * weights + seen * (prompt + COMPLETION / 2))
     busy = max(flops / FLOPS, size / BANDWIDTH)
-    eager, captured = (flops, size, steps * per_token, busy), (flops, size, 0, busy)
+    eager, captured = (flops, size, steps * per_token, busy), (flops, size, steps, busy)
     return {"decoding, eager": eager, "decoding, in a captured graph": captured}
 
 
@@ -248,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
-    parser.add_argument("--decode_launches", type=int, default=1189, help="a token, not captured")
+    parser.add_argument("--decode_launches", type=int, default=507, help="a token, not captured")
     parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -32,7 +32,7 @@ from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.optimizer import Optimizer
 from grpo.pack import make_packs
 from grpo.rollout import sample_groups
-from models.cache import KVCache
+from models.cache import KVCache, Layout
 from models.decode import DecodeStep
 from models.families import FAMILIES
 from models.load import load_model
@@ -118,24 +118,28 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     bounds = model.bounds([(len(p),) for p in prompts])
     features = image_features(model, prompts).detach()
 
+    lengths = [len(prompt) for prompt in prompts]
+
     def filled() -> KVCache:
-        cache = KVCache(model.config.num_hidden_layers, options.group, options.completion)
+        cache = KVCache(model.config, torch.float32, model.device)
+        cache.divide(Layout(PROMPTS, options.group, max(lengths), options.completion))
+        cache.expect(0, lengths)
         with torch.no_grad():
             model(input_ids, positions, bounds, features, cache, torch.tensor([0]))
-        cache.length = options.completion // 2  # the middle of a completion
         return cache
 
     frozen = replace(pack, prompts=with_image_features(model, prompts))
     cache = filled()
-    kept = sum(x.nbytes for pair in cache.prompt for x in pair)
-    kept += sum(x.nbytes for pair in cache.own for x in pair) // 2
+    half = options.completion // 2  # the middle of a completion
+    kept = sum(x.nbytes for layer in cache.layers for x in (layer.prompt_k, layer.prompt_v))
+    kept += sum(x.nbytes for layer in cache.layers for x in (layer.k, layer.v)) // 2
     with torch.no_grad():
         step = DecodeStep(model)
-    where = torch.stack([torch.full((samples,), 400)] * 3)
+    places = cache.places(list(range(samples)), lengths, half)
+    where = torch.full((samples,), 400)
 
     def decode():
-        step(tokens, where, cache)
-        cache.length -= 1
+        step(tokens, where, cache, places, half)
 
     def train(logps_of_chunks):
         for logps in logps_of_chunks:
@@ -158,7 +162,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
         "prefill": (no_grad(filled), decoder),
         "one decode step": (no_grad(decode), decoder + kept),
         "its head": (
-            no_grad(lambda: torch.mm(weight, hidden[:samples].T).T.contiguous()),
+            no_grad(lambda: torch.mm(hidden[:samples], weight.T)),
             weight.nbytes,
         ),
         "its draw": (no_grad(lambda: sample(logits, sampling, uniforms)), logits.nbytes),

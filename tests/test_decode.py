@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from models.attention import Bounds
 from models.cache import KVCache, Layout
 from models.generate import SHAPES, Shapes, Table, generate, halved
 from models.qwen_vl import image_features
@@ -162,7 +161,8 @@ def test_samples_that_finish_leave_the_others_as_they_are(seed, qk_norm, halves)
         ]
 
     _, k, v = new(sum(lengths))
-    cache.store_prompts(0, k, v, Bounds(tuple((n,) for n in lengths), torch.device("cpu")))
+    cache.expect(0, lengths)
+    cache.store_prompts(0, k, v)
     parts = [x.split(lengths) for x in (k, v)]
     past = [[parts[0][s // group], parts[1][s // group]] for s in range(3 * group)]
     table = Table([[b * group + g for g in range(group)] for b in range(3)])
