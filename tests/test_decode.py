@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from models.cache import KVCache, Layout
 from models.generate import SHAPES, Shapes, Table, generate, halved
+from models.graphs import Graphs
 from models.qwen_vl import image_features
 from models.sampling import BLOCK, Sampling, sample
 from tests.peer import reference_inputs, reference_model
@@ -247,3 +248,22 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
     assert (chosen > 0).all()
     assert (uniform <= upper + 1e-6).all() and (uniform >= upper - chosen - 1e-6).all()
     torch.testing.assert_close(logp, chosen.log().float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_replayed_steps_draw_what_launched_ones_draw(family):
+    """As tests/test_rehearsal.py, on a device, with weights that change between rollouts."""
+    model = tiny_model(family_config(family), torch.float32).to("cuda", torch.bfloat16)
+    prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
+    sampling, graphs = Sampling(40, stop_ids=tuple(range(0, 60, 12))), Graphs(model)
+    uniforms = torch.rand(24, 40, dtype=torch.float64)
+    for _ in range(3):
+        found = []
+        for model.graphs in (graphs, None):
+            ids, logps = generate(model, prompts, 8, sampling, uniforms)
+            found.append((ids, [logp.tolist() for logp in logps]))
+        assert found[0] == found[1]
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.mul_(1.5)
+            model.model.layers[1].mlp.down_proj.weight.mul_(-1)
