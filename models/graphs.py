@@ -16,6 +16,8 @@ from models.cache import KVCache, Layout
 from models.decode import DecodeStep
 from models.qwen_vl import QwenVL
 
+MOST = 48  # graphs; with more of them all are captured anew
+
 
 class Decoding:
     """What samples are decoded with: a cache, and the weights of this moment."""
@@ -42,16 +44,23 @@ class Graphs(Decoding):
 
     def __init__(self, model: QwenVL):
         super().__init__(model)
+        self._forget()
+
+    def _forget(self) -> None:
+        """All graphs at once, with the memory that they share: torch does not take a pool again
+        whose graphs are gone, and the graphs of a stream share its workspace."""
         self.decode, self._weights = None, []
         self._rows: dict[Hashable, Any] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # they share memory: none runs beside another
+        self._pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, model: QwenVL, layout: Layout) -> None:
         weights = [parameter.data_ptr() for parameter in model.parameters()]
-        if self.cache.divide(layout) or weights != self._weights:
-            self._graphs.clear()
-            self._rows.clear()
+        stay = self.cache.holds(layout) and weights == self._weights
+        if not stay or len(self._graphs) > MOST:
+            self._forget()
+        self.cache.divide(layout)
+        if self.decode is None:
             self.decode, self._weights = DecodeStep(model), weights
         else:
             self.decode.refresh(model)
@@ -64,9 +73,9 @@ class Graphs(Decoding):
             graph.replay()
             return kept
         before = [tensor.clone() for tensor in kept.tensors]
-        function(kept)  # operation by operation, which makes what a capture cannot make
+        function(kept)  # launched: it loads kernels and makes handles, which no capture may
         after = [tensor.clone() for tensor in kept.tensors]
-        _set(kept, before)  # what is captured is this same token
+        _set(kept, before)  # for the emulation, which executes what it captures
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function(kept)

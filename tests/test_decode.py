@@ -1,6 +1,7 @@
 """Decoding: its cache and shapes, against the full forward pass and transformers; the draw."""
 
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from models.cache import KVCache, Layout
-from models.generate import SHAPES, Shapes, Table, generate, halved
+from models.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
 from models.graphs import Graphs
 from models.qwen_vl import image_features
 from models.sampling import BLOCK, Sampling, sample
@@ -253,17 +254,37 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_replayed_steps_draw_what_launched_ones_draw(family):
-    """As tests/test_rehearsal.py, on a device, with weights that change between rollouts."""
+    """As tests/test_rehearsal.py, on a device: the cache grows, weights and their copies change."""
     model = tiny_model(family_config(family), torch.float32).to("cuda", torch.bfloat16)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
-    sampling, graphs = Sampling(40, stop_ids=tuple(range(0, 60, 12))), Graphs(model)
-    uniforms = torch.rand(24, 40, dtype=torch.float64)
-    for _ in range(3):
+    graphs = Graphs(model)
+    for limit in (30, 70, 70, 30):
+        sampling = Sampling(limit, stop_ids=tuple(range(0, 60, 12)))
+        uniforms = torch.rand(24, limit, dtype=torch.float64)
         found = []
         for model.graphs in (graphs, None):
             ids, logps = generate(model, prompts, 8, sampling, uniforms)
             found.append((ids, [logp.tolist() for logp in logps]))
         assert found[0] == found[1]
         with torch.no_grad():
-            model.model.layers[1].self_attn.q_proj.weight.mul_(1.5)
-            model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+            for parameter in model.model.layers.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("length, expected", [(1, 64), (65, 128), (300, 320), (1000, 1024)])
+def test_lengths_are_rounded_to_few(length, expected):
+    assert few_lengths(length) == expected
+    assert len({few_lengths(n) for n in range(513, 1025)}) == 4
+
+
+def test_a_cache_that_grows_is_freed_first():
+    cache = KVCache(tiny_config(), torch.float32, torch.device("cpu"))
+    cache.divide(Layout(2, 3, 5, 7))
+    old, kept = weakref.ref(cache.memory), cache.memory.data_ptr()
+    cache.divide(Layout(1, 3, 5, 7))
+    assert cache.memory.data_ptr() == kept and cache.holds(Layout(2, 3, 5, 7))
+    alive, zeros = [], torch.zeros
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *a, **k: alive.append(old()) or zeros(*a, **k))
+        cache.divide(Layout(2, 3, 5, 8))
+    assert alive == [None]

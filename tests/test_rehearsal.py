@@ -39,6 +39,8 @@ def test_operations_and_waits_of_a_decoded_token(found, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_steps_draw_what_launched_ones_draw(found, case):
-    """Token by token and bit by bit, in shapes that change, with weights that have changed."""
-    assert found[case]["same"] == [True] * 3
+    """Token by token and bit by bit, in shapes that change, with weights that have changed. Where
+    graphs are forgotten, because the cache grew or there were too many, so is their memory."""
+    assert found[case]["same"] == [True] * 4
+    assert found[case]["pools"] == 3
     assert found[case]["lengths"] > 2 and found[case]["replays"] > 50

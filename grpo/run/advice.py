@@ -13,7 +13,7 @@ LORA = {"use_peft": True, "optim": "adamw_torch", "cpu_offload": False, "freeze_
 CHANGES = (
     ({"tokens_per_pack": 8192}, "shorter passes, more of them"),
     ({"tokens_per_pack": 4096}, "shorter passes, more of them"),
-    ({"cuda_graphs": False}, "sampling's memory is free while the model trains; slower sampling"),
+    ({"cuda_graphs": False}, "frees sampling's memory during training; slower sampling"),
     ({"freeze_vision": True}, "the vision tower stays as it is; faster"),
     ({"optim": "adamw_8bit"}, "no float32 masters, moments in 8 bits; weights rounded by chance"),
     ({"cpu_offload": True}, "masters, moments, reference in the CPU's memory; slower"),

@@ -17,13 +17,13 @@ from grpo.run.sizes import adapter_parameters, block_padding, decoder_matrices, 
 from models.config import QwenVLConfig
 from models.families import family_of
 from models.four_bit import BYTES as FOUR_BIT_BYTES
-from models.generate import PREFILL, SHAPES
+from models.generate import PREFILL, few_lengths
+from models.graphs import MOST
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
 EVAL_BATCH = 32  # prompts that an evaluation takes at once
-LOGIT = 8  # bytes of a logit and of its exponential
-PROMPT_KEYS = SHAPES["cuda"].keys
+GRAPH_NODE = 10e3  # bytes that CUDA holds for each operation of a graph
 
 
 def peak_gb(config: TrainingConfig, *facts) -> float:
@@ -45,8 +45,8 @@ def estimate_memory(
     """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
 
     parameters: of the complete model, with the tower's vision_parameters. longest_prompt: tokens;
-    image_tokens: of its images; all prompts and completions count as the longest. Without
-    --cuda_graphs there are none.
+    image_tokens: of its images; all prompts and completions count as the longest. --cuda_graphs
+    counts if it is true, not by default.
     """
     size, lengths = (2 if bf16 else 4), (longest_prompt, image_tokens)
     adapters, merged = adapter_parameters(config, model)
@@ -238,7 +238,7 @@ def rollout_bytes(
         return max(images, prefill)
     samples = prompts * config.num_generations
     cache = cache_bytes(config, model, prompts, config.num_generations, lengths[0], size)
-    return max(images, cache + max(prefill, samples * model.vocab_size * LOGIT))
+    return max(images, cache + max(prefill, samples * model.vocab_size * logit_bytes(config)))
 
 
 def cache_bytes(
@@ -250,18 +250,24 @@ def cache_bytes(
     return numbers * model.head_dim * model.num_hidden_layers * size
 
 
+def logit_bytes(config: TrainingConfig) -> int:
+    """Of a logit, while a token is drawn: itself and its exponential; with --top_p also what is
+    sorted, in float64."""
+    return 8 if config.top_p == 1 else 40
+
+
 def decoding_bytes(
     config: TrainingConfig, model: QwenVLConfig, prompts: int, longest: int, size: int
-) -> int:
-    """What CUDA graphs keep: the largest cache, an evaluation's or a step's, and what the largest
-    decode step holds."""
+) -> float:
+    """What CUDA graphs keep: the largest cache, an evaluation's or a step's, what the largest
+    decode step holds, and the graphs themselves."""
     if not config.cuda_graphs:
         return 0
     batch = min(EVAL_BATCH, config.eval_samples or EVAL_BATCH)
     shapes = [(prompts, config.num_generations), (batch, max(1, config.eval_samples_per_prompt))]
-    longest = math.ceil(longest / PROMPT_KEYS) * PROMPT_KEYS
-    cache = max(cache_bytes(config, model, *shape, longest, size) for shape in shapes)
-    return cache + max(map(math.prod, shapes)) * model.vocab_size * LOGIT
+    cache = max(cache_bytes(config, model, *shape, few_lengths(longest), size) for shape in shapes)
+    logits = max(map(math.prod, shapes)) * model.vocab_size * logit_bytes(config)
+    return cache + logits + MOST * (60 + 17 * model.num_hidden_layers) * GRAPH_NODE
 
 
 def encoding_numbers(model: QwenVLConfig, image_tokens: int) -> int:
