@@ -130,16 +130,16 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
 
     frozen = replace(pack, prompts=with_image_features(model, prompts))
     cache = filled()
-    half = options.completion // 2  # the middle of a completion
+    middle = options.completion // 2  # of a completion
     kept = sum(x.nbytes for layer in cache.layers for x in (layer.prompt_k, layer.prompt_v))
     kept += sum(x.nbytes for layer in cache.layers for x in (layer.k, layer.v)) // 2
     with torch.no_grad():
         step = DecodeStep(model)
-    places = cache.places(list(range(samples)), lengths, half)
+    places = cache.places(list(range(samples)), lengths, middle)
     where = torch.full((samples,), 400)
 
     def decode():
-        step(tokens, where, cache, places, half)
+        step(tokens, where, cache, places, middle)
 
     def train(logps_of_chunks):
         for logps in logps_of_chunks:
