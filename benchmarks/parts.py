@@ -35,6 +35,7 @@ from grpo.rollout import sample_groups
 from models.cache import KVCache, Layout
 from models.decode import DecodeStep
 from models.families import FAMILIES
+from models.generate import head as head_logits
 from models.load import load_model
 from models.processor import Processor
 from models.qwen_vl import image_features, with_image_features
@@ -162,7 +163,7 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
         "prefill": (no_grad(filled), decoder),
         "one decode step": (no_grad(decode), decoder + kept),
         "its head": (
-            no_grad(lambda: torch.mm(hidden[:samples], weight.T)),
+            no_grad(lambda: head_logits(hidden[:samples], weight)),
             weight.nbytes,
         ),
         "its draw": (no_grad(lambda: sample(logits, sampling, uniforms)), logits.nbytes),
