@@ -250,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
-    parser.add_argument("--decode_launches", type=int, default=507, help="a token, not captured")
+    parser.add_argument("--decode_launches", type=int, default=500, help="a token, not captured")
     parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

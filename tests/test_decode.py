@@ -9,8 +9,10 @@ import torch
 from torch.nn.functional import linear
 
 from models.cache import KVCache, Layout
+from models.decode import DecodeStep
 from models.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
 from models.graphs import Graphs
+from models.lora import LoRA
 from models.qwen_vl import image_features
 from models.sampling import BLOCK, Sampling, sample
 from tests.peer import reference_inputs, reference_model
@@ -269,6 +271,24 @@ def test_replayed_steps_draw_what_launched_ones_draw(family):
         with torch.no_grad():
             for parameter in model.model.layers.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("case", ["qwen2_vl", "qwen3_vl", "adapters"])
+def test_a_refreshed_step_has_the_weights_of_this_moment(case):
+    """Copies (biases, norms of q and k, adapters) too, each where it was: graphs read it there."""
+    model = tiny_model(family_config("qwen2_vl" if case == "adapters" else case))
+    if case == "adapters":
+        model.adapt(LoRA(4, 8.0))
+    model = model.double()
+    step = DecodeStep(model)
+    places = [tensor.data_ptr() for tensor in step._tensors()]
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        step.refresh(model)
+    assert [tensor.data_ptr() for tensor in step._tensors()] == places
+    for kept, new in zip(step._tensors(), DecodeStep(model)._tensors(), strict=True):
+        assert torch.equal(kept, new)
 
 
 @pytest.mark.parametrize("length, expected", [(1, 64), (65, 128), (300, 320), (1000, 1024)])
