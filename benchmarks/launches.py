@@ -99,14 +99,17 @@ def make_groups(config: QwenVLConfig, image_tokens: int, completion: int) -> lis
     return groups
 
 
-def train(model: QwenVL, packs: list[Pack], tally: Tally, chunk: int | None = None) -> None:
+def train(
+    model: QwenVL,
+    packs: list[Pack],
+    tally: Tally,
+    config: TrainingConfig,
+    chunk: int | None = None,
+) -> None:
     """As train_cls.py does."""
     for pack in packs:
-        for tokens in pack_chunks(model, pack, 1.0, chunk):
-            loss, stats = policy_loss(
-                tokens.logps, None, tokens.advantages, tokens.weights, 0.2, None,
-                tokens.ref_logps, 0.04,
-            )  # fmt: skip
+        for tokens in pack_chunks(model, pack, 1.0, chunk=chunk):
+            loss, stats = policy_loss(tokens, config)
             loss.backward()
             tally.add(pack, tokens, loss, stats)
 

@@ -133,10 +133,7 @@ class Twin:
             with torch.no_grad():
                 pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
             for tokens in pack_chunks(self.model, pack, config.temperature):
-                loss, stats = policy_loss(
-                    tokens.logps, tokens.old_logps, tokens.advantages, tokens.weights,
-                    config.epsilon, config.epsilon_high, tokens.ref_logps, config.beta,
-                )  # fmt: skip
+                loss, stats = policy_loss(tokens, config)
                 loss.backward()
                 tally.add(pack, tokens, loss, stats)
         tally.updates = 1

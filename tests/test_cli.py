@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from grpo.run.config import TrainingConfig
+from grpo.run.effects import check_effects
 from grpo.run.exits import StopSignal
 from grpo.run.flags import ELSEWHERE, parse_config
 from grpo.run.folder import check_output
@@ -103,7 +104,25 @@ def test_booleans(argv, expected):
         (["stray"], "unknown flag stray"),
         (["--max_steps", "many"], "max_steps"),
         (["--bf16", "perhaps"], "neither true nor false"),
-        (["--loss_type", "ppo"], "loss_type"),
+        (["--loss_type", "ppo"], "--loss_type 'ppo' is none of grpo, dapo, dr_grpo, cispo, sapo"),
+        (["--loss_type", "bnpo"], "dapo divides by those of the whole step"),
+        (["--loss_type", "vespo"], "docs/losses.md says how"),
+        (["--loss_type", "cispo"], "cispo needs --epsilon_high above 1.* it is None"),
+        (["--loss_type", "cispo", "--epsilon_high", "0.28"], "the largest ratio itself .* 0.28"),
+        (["--delta", "1.1"], "--delta 1.1 is not above 1 . --epsilon_high, 1.2"),
+        (["--delta", "4", "--loss_type", "sapo"], "--delta 4.0 needs --loss_type grpo or dapo or"),
+        (["--epsilon", "0.1", "--loss_type", "sapo"], "--epsilon 0.1 needs --loss_type grpo"),
+        (["--sapo_temperature_neg", "2"], "--sapo_temperature_neg 2.0 needs --loss_type sapo"),
+        (["--advantage_estimator", "rloo"], "rloo needs --scale_rewards none, not group"),
+        (["--entropy_coef_max", "1"], "--entropy_coef stays as it is"),
+        (
+            ["--multi_objective_aggregation", "normalize_then_sum", "--overlong_buffer", "9"],
+            "normalize_then_sum needs --overlong_buffer 0, not 9: the penalty is added to the sum",
+        ),
+        (
+            ["--top_entropy_quantile", "0.2", "--importance_sampling_level", "sequence"],
+            "needs --importance_sampling_level token or sequence_token, not sequence",
+        ),
         (["--num_generations", "1"], "at least 2"),
         (["--temperature", "0"], "above 0"),
         (["--top_p", "1.5"], "at most 1"),
@@ -146,7 +165,9 @@ def test_mistakes_in_yaml_are_one_message(tmp_path, text, message):
 def test_every_flag_is_read_somewhere():
     """No flag is accepted and ignored: each is used outside of its definition."""
     files = [*ROOT.glob("train_*.py"), *ROOT.glob("grpo/**/*.py"), ROOT / "data" / "check.py"]
-    code = "".join(path.read_text() for path in files if path.name != "config.py")
+    code = "".join(
+        path.read_text() for path in files if path.name not in ("config.py", "effects.py")
+    )
     sampling = inspect.getsource(Sampling.of)  # by name
     flags = asdict(TrainingConfig()).keys()
     used = {name for name in flags if f"config.{name}" in code or f'"{name}"' in sampling}
@@ -169,9 +190,14 @@ BOUNDED = {name: values for name, values in BOUNDED.items() if values}
 
 
 def test_numbers_have_bounds():
-    """Those without: a seed is any number, a reward may count against."""
+    """Those without: a seed is any number, a reward may count against, entropy may be lowered."""
     numbers = {f.name for f in fields(TrainingConfig) if re.search("int|float", str(f.type))}
-    assert numbers - BOUNDED.keys() == {"seed", "num_generations", "reward_weights"}
+    assert numbers - BOUNDED.keys() == {
+        "seed",
+        "num_generations",
+        "reward_weights",
+        "entropy_coef",
+    }
 
 
 @pytest.mark.parametrize("name", BOUNDED)
@@ -190,26 +216,29 @@ def test_a_value_beyond_a_bound_is_named(name):
         (["--load_in_4bit"], 1, "--load_in_4bit has no effect here"),
         (["--run_name", "x"], 2, "--run_name has no effect here: it names the run for --report_to"),
         (["--max_sampling_rounds", "3"], 2, "--max_sampling_rounds has no effect here: it is for"),
+        (["--delta", "4"], 1, "--delta has no effect here: every ratio is 1 with one update"),
+        (["--loss_type", "sapo"], 1, "--loss_type has no effect here: .* take --loss_type grpo"),
+        (["--importance_sampling_level", "sequence"], 1, "importance_sampling_level has no effect"),
     ],
 )
 def test_a_flag_without_effect_is_refused(tmp_path, argv, world, message):
     """Typed or in --config; a resumed run's own config.yaml may come from more ranks."""
     with pytest.raises(ValueError, match=message):
-        parse(*NEEDED, *argv)[0].check_effects(world)
+        check_effects(parse(*NEEDED, *argv)[0], world)
     value = yaml.safe_load(argv[1]) if len(argv) == 2 else True
     values = {"model_name_or_path": "m", "dataset_name": "d", argv[0][2:]: value}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=message):
-        parse("--config", str(tmp_path / "config.yaml"))[0].check_effects(world)
+        check_effects(parse("--config", str(tmp_path / "config.yaml"))[0], world)
     own = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto")[0]
     assert getattr(own, argv[0][2:]) == value
-    own.check_effects(world)
+    check_effects(own, world)
 
 
 @pytest.mark.parametrize("flag", [["--cpu_offload"], ["--optim", "adamw_8bit"]])
 def test_what_adapters_have_no_use_for_is_refused(flag):
     with pytest.raises(ValueError, match=f"{flag[0]} has no effect here"):
-        parse(*NEEDED, "--use_peft", *flag)[0].check_effects(1)
+        check_effects(parse(*NEEDED, "--use_peft", *flag)[0], 1)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +247,7 @@ def test_what_adapters_have_no_use_for_is_refused(flag):
         ("none wandb", "none wandb: name each once, or none alone"),
         ("tensorboard none", "none alone"),
         ("wandb wandb", "each once"),
-        ("mlflow", "invalid choice: 'mlflow'"),
+        ("mlflow", "--report_to 'mlflow' is none of none, "),
     ],
 )
 def test_names_of_trackers_that_do_not_go_together(names, message):
@@ -238,7 +267,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 def test_flags_that_have_an_effect_are_not_refused():
     argv = ["--timeout", "9", "--shard_size", "1", "--cpu_offload", "--report_to", "tensorboard"]
     argv += ["--run_name", "x", "--dynamic_sampling", "--max_sampling_rounds", "3"]
-    parse(*NEEDED, *argv)[0].check_effects(2)
+    check_effects(parse(*NEEDED, *argv)[0], 2)
 
 
 @pytest.mark.slow

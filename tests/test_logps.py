@@ -1,18 +1,20 @@
 """Chunked log-probs, packing and sampling: one gradient, however the step is cut."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.logps import Tokens, pack_chunks, pack_logps, token_logps
+from grpo.logps import keep_top_entropy, pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
-from grpo.pack import make_packs
+from grpo.pack import filler, make_packs
+from grpo.ranks import Ranks
 from grpo.rollout import sample_groups, uniform_numbers
 from models.qwen_vl import image_features, with_image_features
 from models.sampling import Sampling
-from tests.tiny import IMAGE, tiny_config, tiny_model, tiny_prompt
+from tests.tiny import IMAGE, loss_flags, loss_tokens, tiny_config, tiny_model, tiny_prompt
 
 SUPPRESSED = torch.tensor((IMAGE, 57, 58, 60, 61, 62, 63))
 STOP = (3, 7, 11, 15, 20, 25, 31, 36, 40, 44)
@@ -35,19 +37,72 @@ def test_chunked_equals_dense_in_float64(chunk, suppressed):
     hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, 20, (11,))
-    direction = torch.randn(11, dtype=torch.float64)
+    direction, other = torch.randn(2, 11, dtype=torch.float64)
     ids = torch.tensor(suppressed, dtype=torch.int64)
     results = []
     for function, extra in ((dense_logps, (suppressed,)), (token_logps, (ids, chunk))):
         logps, entropy = function(hidden, weight, targets, 1.3, *extra)
-        gradients = torch.autograd.grad(logps @ direction, (hidden, weight))
-        results.append((logps, entropy, *gradients))
+        results.append([logps, entropy])
+        for loss in (logps @ direction, logps @ direction + entropy @ other, entropy @ other):
+            results[-1] += torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     for dense, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, dense, atol=1e-12, rtol=1e-12)
-    assert not results[1][1].requires_grad, "entropy is reported, not optimized"
     with torch.no_grad():  # where the entropy would cost a product
         logps, entropy = token_logps(hidden, weight, targets, 1.3, ids, chunk)
+        asked = token_logps(hidden, weight, targets, 1.3, ids, chunk, entropies=True)[1]
     assert torch.equal(logps, results[1][0]) and entropy is None
+    assert torch.equal(asked, results[1][1]) and not asked.requires_grad
+
+
+def in_chunks(hidden, weight, targets, temperature, suppressed, chunk, direction, other):
+    """The gradients of logps @ direction + entropy @ other as the training pass forms them."""
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    chunks = token_chunks(leaves[0] * 1, leaves[1], targets, temperature, suppressed, chunk)
+    for part, logps, entropy in chunks:
+        (logps @ direction[part] + entropy @ other[part]).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0], ids=["flat", "peaked", "certain"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropys_gradient_is_that_of_finite_differences(temperature, scale):
+    """Central differences of the dense entropy in float64, for every hidden number and weight."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4).double(), scale * torch.randn(9, 4).double()
+    targets, ids = torch.tensor([0, 1, 2, 4, 8]), torch.tensor([3, 5])
+    direction, other = torch.randn(2, 5, dtype=torch.float64)
+    found = in_chunks(hidden, weight, targets, temperature, ids, 2, direction, other)
+
+    def value(h, w):
+        logps, entropy = dense_logps(h, w, targets, temperature, (3, 5))
+        return (logps @ direction + entropy @ other).item()
+
+    for which, tensor in enumerate((hidden, weight)):
+        for place in range(tensor.numel()):
+            sides = []
+            for step in (1e-5, -1e-5):
+                moved = [hidden.clone(), weight.clone()]
+                moved[which].view(-1)[place] += step
+                sides.append(value(*moved))
+            slope = (sides[0] - sides[1]) / 2e-5
+            assert found[which].view(-1)[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_in_bfloat16_the_entropys_gradient_is_as_good_as_the_log_probs():
+    """Both against float64 of the same rounded numbers, with a vocabulary of 3,000."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 32).bfloat16(), (0.3 * torch.randn(3000, 32)).bfloat16()
+    targets, zeros = torch.randint(0, 3000, (40,)), torch.zeros(40)
+    direction, errors = torch.randn(40), []
+    for pair in ((direction, zeros), (zeros, direction)):
+        exact = in_chunks(hidden.double(), weight.double(), targets, 1.0, None, 16, *(
+            x.double() for x in pair))  # fmt: skip
+        found = in_chunks(hidden, weight, targets, 1.0, None, 16, *pair)
+        assert found[0].dtype == found[1].dtype == torch.bfloat16
+        pairs = zip(found, exact, strict=True)
+        errors.append([((f.double() - e).norm() / e.norm()).item() for f, e in pairs])
+    assert max(errors[0]) < 0.02, errors
+    assert max(errors[1]) < 0.02, errors
 
 
 def test_gradients_where_only_one_side_is_trained():
@@ -102,44 +157,38 @@ def table(groups):
     return lengths, group_advantages(torch.rand(lengths.shape, dtype=torch.float64))
 
 
-def loss_inputs(pack):
-    return pack.sampling_logps, pack.old_logps, pack.ref_logps, pack.advantages, pack.weights
-
-
-def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, one_pass=True):
-    """One step's loss and gradient: as train_cls.py forms it, or through `pack_logps`."""
+def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, **flags):
+    """One step's loss and gradient, formed as train_cls.py does."""
     model.zero_grad()
+    config = loss_flags(beta=0.1 if reference is not None else 0.0, **flags)
     lengths, advantages = table(groups)
-    weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
+    weights = token_weights(lengths, config.loss_type, SAMPLING.max_completion_length)
     total, packs = 0.0, make_packs(groups, tokens_per_pack, (advantages, weights))
     for pack in packs:
         pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
         assert pack.advantages.dtype == torch.float64, "make_packs rounds to float32"
+        pack.old_logps = old_logps(pack) if flags else None
         if reference is not None:
             reference.suppressed_ids = SUPPRESSED
             with torch.no_grad():
                 pack.ref_logps = pack_logps(reference, pack, SAMPLING.temperature, chunk)
-        if one_pass:
-            chunks = pack_chunks(model, pack, SAMPLING.temperature, chunk)
-        else:
-            logps = pack_logps(model, pack, SAMPLING.temperature, chunk)
-            chunks = [Tokens(0, logps, None, *loss_inputs(pack))]
-        for tokens in chunks:
-            loss, _ = policy_loss(
-                tokens.logps,
-                None,
-                tokens.advantages,
-                tokens.weights,
-                ref_logps=tokens.ref_logps,
-                beta=0.1 if reference is not None else 0.0,
-            )
+        level = config.importance_sampling_level
+        for tokens in pack_chunks(model, pack, SAMPLING.temperature, level, chunk):
+            loss, _ = policy_loss(tokens, config)
             loss.backward()
             total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}, len(packs)
 
 
-def naive_gradient(model, groups, reference):
-    """G copies of each prompt and its images, dense logits, one sequence at a time."""
+def old_logps(pack):
+    """Another policy's, the same however the step is packed: ratios on both sides of the clip."""
+    shift = torch.tensor([(7 * t) % 11 for t in pack.targets.tolist()]).double() / 11 - 0.5
+    return pack.sampling_logps.double() + shift
+
+
+def naive_gradient(model, groups, reference, level="token", coef=0.0):
+    """G copies of each prompt and its images, dense logits, one sequence at a time. At a level of
+    sequences the policy is another than `old_logps`."""
     model.zero_grad()
     lengths, advantages = table(groups)
     total = 0.0
@@ -148,50 +197,68 @@ def naive_gradient(model, groups, reference):
             ids = torch.cat([group.prompt.input_ids, torch.tensor(completion)])
             steps = torch.arange(len(completion)) + group.prompt.next_position
             positions = torch.cat([group.prompt.position_ids, steps.expand(3, -1)], dim=1)
-            per_token = []
+            scored = []
             for m in (model, reference):
                 features = image_features(m, [group.prompt])
                 hidden = m(ids, positions, m.bounds([(len(ids),)]), features)
                 hidden = hidden[len(group.prompt) - 1 : -1]
                 targets = torch.tensor(completion)
-                per_token.append(
-                    dense_logps(hidden, m.head_weight, targets, SAMPLING.temperature, SUPPRESSED)[0]
-                )
-            logps, ref = per_token[0], per_token[1].detach()
+                head = m.head_weight, targets, SAMPLING.temperature, SUPPRESSED
+                scored.append(dense_logps(hidden, *head))
+            (logps, entropy), ref = scored[0], scored[1][0].detach()
             ratio = (logps - logps.detach()).exp()
+            gain = ratio * advantages[g, i]
+            if level == "sequence":
+                alone = SimpleNamespace(targets=targets, sampling_logps=group.sampling_logps[i])
+                s = (logps - old_logps(alone)).mean().exp()
+                clipped = s.clamp(0.8, 1.2) * advantages[g, i]
+                gain = torch.min(s * advantages[g, i], clipped).expand(len(targets))
             kl = (ref - logps).exp() - (ref - logps) - 1
-            loss = (-(ratio * advantages[g, i]) + 0.1 * kl).sum() / lengths.sum()
+            loss = (0.1 * kl - gain - coef * entropy).sum() / lengths.sum()
             loss.backward()
             total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_packed_gradient_is_the_naive_one(tied, one_pass, chunk):
+def test_the_packed_gradient_is_the_naive_one(tied, level, chunk):
     """Several groups, images of different sizes and none, completions of length 1 to the limit."""
     model = tiny_model(tiny_config(tied))
     reference = tiny_model(tiny_config(tied), seed=1)
     groups = rollout(model)
     lengths = {len(c) for g in groups for c in g.completion_ids}
     assert {1, SAMPLING.max_completion_length} <= lengths, f"{lengths}: a blunt test"
-    expected_loss, expected = naive_gradient(model, groups, reference)
-    loss, gradient, _ = packed_gradient(model, groups, 10_000, reference, chunk, one_pass)
+    coef = 0.0 if level == "token" else 0.2
+    expected_loss, expected = naive_gradient(model, groups, reference, level, coef)
+    flags = {"importance_sampling_level": level, "entropy_coef": coef} if coef else {}
+    loss, gradient, _ = packed_gradient(model, groups, 10_000, reference, chunk, **flags)
     assert loss == pytest.approx(expected_loss, abs=1e-12)
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, atol=1e-10, rtol=1e-10)
         assert value.abs().max() > 0
 
 
-def test_any_split_into_packs_gives_the_same_gradient():
+SPLIT = {
+    "as sampled": {},
+    "GSPO": {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 0.05},
+    "GSPO-token": {"importance_sampling_level": "sequence_token", "delta": 1.5},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2},
+    "sapo, entropy": {"loss_type": "sapo", "entropy_coef": 0.2},
+    "GSPO, entropy": {"importance_sampling_level": "sequence", "entropy_coef": 0.2},
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_any_split_into_packs_gives_the_same_gradient(case):
     model = tiny_model(tiny_config())
     groups = rollout(model)
-    whole_loss, whole, packs = packed_gradient(model, groups, 10_000)
+    whole_loss, whole, packs = packed_gradient(model, groups, 10_000, **SPLIT[case])
     assert packs == 1
     counts = []
     for tokens_per_pack in (100, 60, 40, 1):
-        loss, gradient, packs = packed_gradient(model, groups, tokens_per_pack)
+        loss, gradient, packs = packed_gradient(model, groups, tokens_per_pack, **SPLIT[case])
         counts.append(packs)
         assert loss == pytest.approx(whole_loss, abs=1e-12)
         for name, value in whole.items():
@@ -246,7 +313,7 @@ def test_the_stop_token_is_trained():
     assert chosen[0].targets[-1].item() in SAMPLING.stop_ids
     advantages = torch.zeros_like(logps)
     advantages[-1] = 1.0
-    policy_loss(logps, None, advantages, torch.ones_like(logps))[0].backward()
+    policy_loss(loss_tokens(logps, advantages, torch.ones_like(logps)), loss_flags())[0].backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -285,15 +352,15 @@ def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_tim
     tokens, chunk = len(pack.targets), 5
     assert tokens > 20 * chunk
     with LargestTensor() as largest:
-        for part in pack_chunks(model, pack, 1.0, chunk):
+        for part in pack_chunks(model, pack, 1.0, chunk=chunk):
             part.logps.sum().backward()
     weights = 2000 * config.hidden_size
     assert largest.numel <= max(weights, chunk * 2000) < tokens * 2000
 
     late = []
     with pytest.raises(AssertionError, match="backward"):
-        late += [part.logps for part in pack_chunks(model, pack, 1.0, chunk)]
-    chunks = pack_chunks(model, pack, 1.0, chunk)
+        late += [part.logps for part in pack_chunks(model, pack, 1.0, chunk=chunk)]
+    chunks = pack_chunks(model, pack, 1.0, chunk=chunk)
     first = next(chunks).logps
     first.sum().backward(retain_graph=True)
     next(chunks)
@@ -314,7 +381,7 @@ def test_one_pass_leaves_frozen_weights_alone(frozen):
     (pack,) = make_packs(groups, 10_000, (advantages, weights))
     pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
     for tokens in pack_chunks(model, pack, SAMPLING.temperature):
-        loss, _ = policy_loss(tokens.logps, None, tokens.advantages, tokens.weights)
+        loss, _ = policy_loss(tokens, loss_flags())
         loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith(frozen):
@@ -337,3 +404,50 @@ def test_prompts_with_and_without_encoded_images_share_a_pack():
     torch.testing.assert_close(known, plain, atol=1e-12, rtol=1e-12)
     (alone,) = make_packs([encoded[1]], 10_000)
     assert pack_logps(model, alone, 1.0).isfinite().all()
+
+
+class Both(Ranks):
+    """One of two ranks; `gather` is told what the other one has."""
+
+    def gather(self, items):
+        return [*items, self.other]
+
+
+def test_the_tokens_of_highest_entropy_are_the_whole_steps():
+    """However it is packed, and whichever rank has the tokens; without an advantage none counts."""
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    lengths, advantages = table(groups)
+    advantages[1] = 0.0  # a dead group
+    lengths[0, 1] = 0  # left out of the loss
+    weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
+    config = loss_flags()
+    config.temperature, config.top_entropy_quantile = SAMPLING.temperature, 0.2
+    entropies, counted, kept = [], [], []
+    for tokens_per_pack in (10_000, 60, 1):
+        packs = make_packs(groups, tokens_per_pack, (advantages, weights)) + [filler()]
+        keep_top_entropy(model, packs, config, Ranks(0, 1, torch.device("cpu")))
+        kept.append(torch.cat([pack.kept for pack in packs]))
+    for pack in packs:
+        for tokens in pack_chunks(model, pack, SAMPLING.temperature):
+            entropies.append(tokens.entropy.detach())
+            counted.append((pack.advantages != 0) & (pack.weights > 0))
+            tokens.logps.sum().backward()
+    entropies, counted = torch.cat(entropies), torch.cat(counted)
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
+    expected = entropies >= entropies[counted].quantile(0.8)
+    assert torch.equal(kept[0].bool(), expected)
+    assert 0 < (expected & counted).sum() <= 0.2 * counted.sum() + 1 and not counted.all()
+
+    shared = Both(0, 2, torch.device("cpu"))
+    shared.other = entropies[counted] + 100.0  # the other rank's are all higher: half of all
+    config.top_entropy_quantile = 0.5 - 1 / len(shared.other)
+    keep_top_entropy(model, packs, config, shared)
+    assert not torch.cat([pack.kept for pack in packs]).any()
+
+
+def test_a_step_without_any_advantage_keeps_every_token():
+    pack = filler()
+    config = SimpleNamespace(temperature=1.0, top_entropy_quantile=0.2)
+    keep_top_entropy(tiny_model(tiny_config()), [pack], config, Ranks(0, 1, torch.device("cpu")))
+    assert pack.kept is None

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from grpo.loss import (
+    CLIPPED,
     KL_ESTIMATORS,
     LOSS_TYPES,
+    clipped_gain,
     group_advantages,
     per_token_kl,
     policy_loss,
     token_weights,
 )
 from grpo.reward import length_penalty, weighted_reward
+from tests.tiny import loss_flags, loss_tokens
 
 LENGTHS = [[3, 1, 5], [2, 7, 4]]  # two groups of three completions
 
@@ -59,7 +62,7 @@ def flat(values):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", CLIPPED)
 def test_value_and_gradient_equal_a_float64_loop(loss_type, estimator, beta):
     old, ref = nested(0, 0.5), nested(1, 0.5)
     noise = nested(2, 0.4)
@@ -76,7 +79,9 @@ def test_value_and_gradient_equal_a_float64_loop(loss_type, estimator, beta):
     tokens = flat(logps).requires_grad_()
     weights = token_weights(lengths, loss_type, 9).flatten().repeat_interleave(repeat)
     spread = torch.tensor(advantages, dtype=torch.float64).flatten().repeat_interleave(repeat)
-    loss, _ = policy_loss(tokens, flat(old), spread, weights, 0.2, 0.3, flat(ref), beta, estimator)
+    given = loss_tokens(tokens, spread, weights, old_logps=flat(old), ref_logps=flat(ref))
+    wanted = {"loss_type": loss_type, "beta": beta, "kl_estimator": estimator}
+    loss, _ = policy_loss(given, loss_flags(epsilon=0.2, epsilon_high=0.3, **wanted))
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
     loss.backward()
@@ -99,10 +104,10 @@ def test_without_old_logps_the_ratio_is_one_and_its_gradient_the_advantage():
     logps = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([0.5, -1.5, 0.0], dtype=torch.float64)
     weights = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
-    loss, sums = policy_loss(logps, None, advantages, weights)
+    loss, sums = policy_loss(loss_tokens(logps, advantages, weights), loss_flags())
     loss.backward()
     assert torch.equal(logps.grad, -advantages * weights)
-    assert sums["clip_low"] == sums["clip_high"] == 0
+    assert sums["clip_ratio/low_mean"] == sums["clip_ratio/high_mean"] == 0
 
 
 @pytest.mark.parametrize(
@@ -120,23 +125,18 @@ def test_without_old_logps_the_ratio_is_one_and_its_gradient_the_advantage():
     ],
 )
 def test_clip_truth_table(ratio, advantage, clipped):
-    logps = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    old, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    loss, sums = policy_loss(logps, old, advantage * one, one, epsilon=0.2, epsilon_high=0.3)
-    loss.backward()
-    if clipped:
-        assert logps.grad.item() == 0.0
-    else:
-        assert logps.grad.item() == pytest.approx(-ratio * advantage)
-    assert sums["clip_low"].item() == (clipped == "low")
-    assert sums["clip_high"].item() == (clipped == "high")
+    rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    gain, sums = clipped_gain(rho, advantage * torch.ones_like(rho), 0.2, 0.3)
+    gain.backward()
+    assert rho.grad.item() == (0.0 if clipped else advantage)
+    assert sums["clip_ratio/low_mean"].item() == (clipped == "low")
+    assert sums["clip_ratio/high_mean"].item() == (clipped == "high")
 
 
 def test_epsilon_high_defaults_to_epsilon():
-    logps = torch.tensor([math.log(1.25)], requires_grad=True)
-    loss, _ = policy_loss(logps, torch.zeros(1), torch.ones(1), torch.ones(1), epsilon=0.2)
-    loss.backward()
-    assert logps.grad.item() == 0.0
+    ratio = torch.tensor([1.25], requires_grad=True)
+    clipped_gain(ratio, torch.ones(1), epsilon=0.2)[0].backward()
+    assert ratio.grad.item() == 0.0
 
 
 def exact_kl(p, q):

@@ -13,6 +13,7 @@ import train_cls
 from grpo.optimizer import Optimizer
 from grpo.ranks import Ranks
 from grpo.run.clock import WHAT_TO_LOWER
+from grpo.run.effects import check_effects
 from grpo.shard import check_sharding, checksum
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
@@ -219,7 +220,7 @@ def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
     config = train_cls.Config(use_peft=True, shard_size=2)
     config.given = frozenset({"shard_size"})
     with pytest.raises(ValueError, match="--shard_size has no effect here: with --use_peft every"):
-        config.check_effects(2)
+        check_effects(config, 2)
 
 
 def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tmp_path):

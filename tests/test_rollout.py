@@ -61,9 +61,12 @@ class Two(Ranks):
 def test_groups_and_records_meet_again_after_dealing(lengths):
     rows = [SimpleNamespace(index=10 + i) for i in range(len(lengths))]
     config = SimpleNamespace(
-        prompts_per_step=len(rows), dynamic_sampling=False, max_sampling_rounds=1
+        prompts_per_step=len(rows),
+        dynamic_sampling=False,
+        max_sampling_rounds=1,
+        multi_objective_aggregation="sum_then_normalize",
     )
-    rollouts = [Rollout(Two(rank, 2, torch.device("cpu")), config) for rank in range(2)]
+    rollouts = [Rollout(Two(rank, 2, torch.device("cpu")), config, {}) for rank in range(2)]
     dealt = [rollout.deal(rows, lengths) for rollout in rollouts]
     judged = [[[record(r.index, 0.0), record(r.index, 1.0)] for r in mine] for _, mine in dealt]
     answer = [None] * len(rows)

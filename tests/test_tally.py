@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.logps import Tokens
+from grpo.loss import Tokens
 from grpo.pack import filler
 from grpo.ranks import Ranks
 from grpo.tally import Tally
@@ -20,7 +20,8 @@ def tokens(entropy) -> Tokens:
 
 
 def stats() -> dict:
-    return {"clip_low": torch.tensor(0), "clip_high": torch.tensor(3), "kl": torch.tensor(1.5)}
+    counts = {"clip_ratio/low_mean": torch.tensor(0), "clip_ratio/high_mean": torch.tensor(3)}
+    return counts | {"kl": torch.tensor(1.5)}
 
 
 def test_means_are_over_tokens():
@@ -34,12 +35,25 @@ def test_means_are_over_tokens():
     assert tally.drift == pytest.approx(0.25) and tally.is_finite()
 
 
-def test_a_loss_over_all_log_probs_at_once_has_no_entropy_and_may_meet_a_filler():
-    """`pack_logps` returns no entropy, and nothing at all for a pack without completions."""
+def test_a_pack_without_completions_counts_nothing():
     tally, none = Tally(CONFIG), torch.zeros(0)
-    tally.add(filler(), tokens(None), torch.tensor(0.5), stats())
-    empty = Tokens(0, none, None, none, None, none, none, none)
+    tally.add(filler(), tokens(torch.ones(3)), torch.tensor(0.5), stats())
+    empty = Tokens(0, none, none, none, None, none, none, none)
     tally.add(filler(), empty, torch.tensor(0.0), {name: torch.tensor(0) for name in stats()})
     tally.updates = 1
     metrics = tally.metrics(ALONE, [])
-    assert "entropy" not in metrics and metrics["kl"] == 0.5 and metrics["loss"] == 0.5
+    assert metrics["entropy"] == 1.0 and metrics["kl"] == 0.5 and metrics["loss"] == 0.5
+
+
+def test_what_a_loss_counts_is_what_is_logged():
+    """CISPO's own count, SAPO's none; and nothing to count where nothing was trained on."""
+    for counts in ({"cispo_clip_ratio": torch.tensor(1)}, {}):
+        tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
+        tally.add(filler(), tokens(torch.ones(3, requires_grad=True)), torch.tensor(0.5), counts)
+        tally.updates = 1
+        metrics = tally.metrics(ALONE, [])
+        assert metrics.keys() - {"loss", "entropy", "sampling/logp_difference_max"} == {*counts}
+        assert all(metrics[name] == pytest.approx(1 / 3) for name in counts)
+    tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
+    tally.updates = 1
+    assert tally.metrics(ALONE, []).keys() == {"loss", "sampling/logp_difference_max"}

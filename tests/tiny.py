@@ -1,7 +1,10 @@
 """Tiny random models and prompts that several test files use."""
 
+from types import SimpleNamespace
+
 import torch
 
+from grpo.loss import Tokens
 from models.config import QwenVLConfig
 from models.families import parse_config
 from models.prompt import Prompt, mrope_position_ids
@@ -116,3 +119,28 @@ def tiny_prompt(
     position_ids, following = mrope_position_ids(ids, grid, config)
     keys = tuple(f"{seed}/{i}" for i in range(len(grids)))
     return Prompt(ids, position_ids, following, pixels, grid, keys)
+
+
+def loss_flags(**changes) -> SimpleNamespace:
+    """The flags that `policy_loss` reads, at their defaults but for the changes; without a KL."""
+    flags = {
+        "loss_type": "dapo",
+        "importance_sampling_level": "token",
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "delta": None,
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "beta": 0.0,
+        "kl_estimator": "k3",
+        "entropy_coef": 0.0,
+    }
+    assert changes.keys() <= flags.keys()
+    return SimpleNamespace(**(flags | changes))
+
+
+def loss_tokens(logps, advantages, weights, **others) -> Tokens:
+    """Tokens whose policy is the one that sampled, but for `others`."""
+    known = {"old_logps": None, "ref_logps": None, "entropy": torch.zeros_like(logps)}
+    known |= {"sampling_logps": logps.detach(), "start": 0} | others
+    return Tokens(logps=logps, advantages=advantages, weights=weights, **known)
