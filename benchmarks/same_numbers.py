@@ -55,6 +55,18 @@ CASES = {
         SHORT + " --reward_weights 1 0.25 --gradient_checkpointing true --loss_type dr_grpo"
         " --scale_rewards none --kl_estimator k1",
     ),
+    "GSPO, entropy": (
+        1,
+        "train_cls.py",
+        SHORT + " --num_iterations 2 --importance_sampling_level sequence --loss_type grpo"
+        " --epsilon 3e-4 --entropy_coef 0.01 --tokens_per_pack 120 --learning_rate 1e-3",
+    ),
+    "SAPO, top entropy": (
+        2,
+        "train_cls.py",
+        SHORT + " --num_iterations 2 --loss_type sapo --top_entropy_quantile 0.3 --beta 0"
+        " --multi_objective_aggregation normalize_then_sum --learning_rate 1e-3",
+    ),
     "two ranks, dynamic": (
         2,
         "train_cls.py",

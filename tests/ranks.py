@@ -91,10 +91,11 @@ def uneven_packs(config) -> list[list]:
 
 
 def score(model, packs) -> None:
-    for pack in packs:
-        for tokens in pack_chunks(model, pack, 1.0):
-            weights = torch.arange(1.0, 100.0)[tokens.start :][: len(tokens.logps)]
-            (tokens.logps * weights).sum().backward()
+    for level in ("token", "sequence"):
+        for pack in packs:
+            for tokens in pack_chunks(model, pack, 1.0, level):
+                weights = torch.arange(1.0, 100.0)[tokens.start :][: len(tokens.logps)]
+                ((tokens.logps - 0.5 * tokens.entropy) * weights).sum().backward()
 
 
 def agree(folder: str) -> None:

@@ -39,6 +39,11 @@ VARIANTS = {
     "no reference": ["--beta", "0"],
     "k1": ["--kl_estimator", "k1", "--loss_type", "grpo"],
     "two updates": ["--num_iterations", "2", "--loss_type", "dr_grpo", "--scale_rewards", "none"],
+    "CISPO, RLOO": [
+        *("--loss_type", "cispo", "--epsilon_high", "5", "--num_iterations", "2"),
+        *("--advantage_estimator", "rloo", "--scale_rewards", "none"),
+    ],
+    "GDPO": ["--multi_objective_aggregation", "normalize_then_sum", "--dynamic_sampling"],
     "bf16": ["--bf16", "true"],
     "checkpointing": ["--gradient_checkpointing", "true"],
     "batch": ["--scale_rewards", "batch"],

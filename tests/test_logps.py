@@ -451,3 +451,18 @@ def test_a_step_without_any_advantage_keeps_every_token():
     config = SimpleNamespace(temperature=1.0, top_entropy_quantile=0.2)
     keep_top_entropy(tiny_model(tiny_config()), [pack], config, Ranks(0, 1, torch.device("cpu")))
     assert pack.kept is None
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.3])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_filler_has_a_gradient_of_zero_and_not_none(level, coef):
+    """A rank without completions must run the backward pass that the others run."""
+    model = tiny_model(tiny_config())
+    for tokens in pack_chunks(model, filler(), 1.0, level):
+        loss, _ = policy_loss(
+            tokens, loss_flags(importance_sampling_level=level, entropy_coef=coef)
+        )
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("model.layers"):
+            assert parameter.grad is not None and not parameter.grad.any(), name

@@ -42,6 +42,10 @@ CASES = {
     "one prompt, one rank idle": ["--prompts_per_step", "1", "--gradient_checkpointing", "true"],
     "no reference, dead groups": ["--beta", "0", "--prompts_per_step", "4"],
     "frozen vision": ["--freeze_vision", "--num_iterations", "2"],
+    "whole completions, top entropy": [
+        *("--importance_sampling_level", "sequence_token", "--num_iterations", "2"),
+        *("--top_entropy_quantile", "0.3", "--entropy_coef", "0.05", "--tokens_per_pack", "120"),
+    ],
     "dynamic sampling": ["--dynamic_sampling"],
     "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
     "moments in 8 bits": ["--optim", "adamw_8bit"],
