@@ -1,4 +1,4 @@
-"""Each loss here and TRL's own `GRPOTrainer._compute_loss`, on the same tensors: value and gradient.
+"""Each loss here and TRL's `GRPOTrainer._compute_loss` on the same tensors: value and gradient.
 
     pip install -e ".[bench]"
     python benchmarks/against_trl.py

@@ -1,4 +1,4 @@
-"""The head's part of a training pass, by loss: time, and the memory that it takes beside its inputs.
+"""The head's part of a training pass, by loss: time, and memory beside its inputs.
 
     python benchmarks/head.py                       # time, on a CPU: float32, two threads
     FOLDER/python benchmarks/head.py --device cuda  # memory, by the allocator (rehearsed or real)

@@ -1,6 +1,7 @@
 """docs/change-the-loss.md: each diff applies, runs on the demo, and does what the page says."""
 
 import importlib.util
+import math
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import torch
 
 import train_cls
 from tests.runs import ROOT, SHORT, read_lines, read_steps, train
+from tests.tiny import loss_flags, loss_tokens
 
 PAGE = (ROOT / "docs" / "change-the-loss.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -59,13 +61,11 @@ def test_each_change_does_on_the_demo_what_the_page_says(changed, tmp_path, monk
     monkeypatch.setattr(script, "policy_loss", loss.policy_loss)
     steps = train(tmp_path / "run", *SHORT, *flags, script=script)
     completions = read_lines(tmp_path / "run" / "completions.jsonl")
-    [new_reward, leave_one_out, cispo][which](
-        steps, completions, flags, tmp_path, read_steps(plain)
-    )
+    [new_reward, positive_only, gmpo][which](steps, completions, flags, tmp_path, plain)
 
 
 def new_reward(steps, completions, flags, tmp_path, plain) -> None:
-    assert "eval/short" in steps[0] and "rewards/short/mean" not in plain[1]
+    assert "eval/short" in steps[0] and "rewards/short/mean" not in read_steps(plain)[1]
     for step in (1, 2):
         paid = [c["rewards"]["short"] for c in completions if c["step"] == step]
         assert steps[step]["rewards/short/mean"] == pytest.approx(sum(paid) / len(paid))
@@ -78,48 +78,60 @@ def new_reward(steps, completions, flags, tmp_path, plain) -> None:
     assert len({c["rewards"]["short"] for c in completions}) == 2, "all alike: a blunt test"
 
 
-def leave_one_out(steps, completions, flags, tmp_path, plain) -> None:
-    groups: dict = {}
-    for c in completions:
-        groups.setdefault((c["step"], c["prompt"]), []).append(c)
-    for group in groups.values():
-        for c in group:
-            others = [o["reward"] for o in group if o is not c]
-            expected = c["reward"] - sum(others) / len(others)
-            assert c["advantage"] == pytest.approx(expected)
-    assert any(c["advantage"] for c in completions)
-    before = train(tmp_path / "before", *SHORT, *flags)
-    factor = len(group) / (len(group) - 1)
-    assert steps[1]["grad_norm"] == pytest.approx(factor * before[1]["grad_norm"], rel=1e-3)
+def positive_only(steps, completions, flags, tmp_path, plain) -> None:
+    """The first step's completions are those of the unchanged run: only advantages differ."""
+    before = [c for c in read_lines(plain / "completions.jsonl") if c["step"] == 1]
+    after = [c for c in completions if c["step"] == 1]
+    for a, b in zip(after, before, strict=True):
+        assert a["completion"] == b["completion"]
+        assert a["advantage"] == max(0.0, b["advantage"])
+    assert any(b["advantage"] < 0 for b in before), "a blunt test"
+    assert steps[1]["grad_norm"] != pytest.approx(read_steps(plain)[1]["grad_norm"], rel=1e-3)
 
 
-def cispo(steps, completions, flags, tmp_path, plain) -> None:
-    """With one update a rollout it is GRPO; the formula itself is tested below."""
+def gmpo(steps, completions, flags, tmp_path, plain) -> None:
+    """The formula itself is tested below; its count is logged under its name."""
     assert flags[:2] == ["--num_iterations", "2"] and steps[2]["grad_norm"] > 0
-    script = sys.modules["changed_train_cls"]
-    once = train(tmp_path / "once", *SHORT, script=script)
-    for a, b in zip(once[1:], plain[1:], strict=True):
-        assert a["reward"] == b["reward"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert 0 <= steps[2]["clip_ratio/gmpo_mean"] <= 1 and "clip_ratio/low_mean" not in steps[2]
 
 
 @pytest.mark.parametrize("changed", [2], indirect=True, ids=["loss"])
-def test_cispo_is_the_papers_formula(changed):
-    """Against a loop in Python floats; tokens beyond the clip range keep their gradient."""
-    _, folder, _ = changed
+def test_gmpo_is_the_papers_formula(changed):
+    """2507.20673: the geometric mean over a completion's tokens of the smaller surrogate's size,
+    with the advantage's sign; in Python floats."""
+    _, folder, flags = changed
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    epsilon, lengths = float(given["--epsilon"]), [7, 1, 12, 5, 8]
     torch.manual_seed(0)
-    old = torch.randn(40, dtype=torch.float64)
-    logps = (old + 0.5 * torch.randn(40, dtype=torch.float64)).requires_grad_()
-    advantages, weights = torch.randn(40, dtype=torch.float64), torch.rand(40, dtype=torch.float64)
-    loss, sums = module(folder, "grpo/loss.py").policy_loss(
-        logps, old, advantages, weights, 0.2, 0.3
-    )
+    old = torch.randn(sum(lengths), dtype=torch.float64)
+    noise = 0.5 * torch.randn(sum(lengths), dtype=torch.float64)
+    advantages = [0.7, -1.2, -0.4, 1.5, 0.0]
+    weights = [1 / (len(lengths) * n) for n in lengths]  # --loss_type grpo
+    spread = [torch.tensor(x).double().repeat_interleave(torch.tensor(lengths)) for x in (
+        advantages, weights)]  # fmt: skip
+
+    def paper(x) -> float:
+        total, start = 0.0, 0
+        for n, a in zip(lengths, advantages, strict=True):
+            product = 1.0
+            for t in range(start, start + n):
+                ratio = math.exp(x[t] - old[t].item())
+                clipped = min(max(ratio, math.exp(-epsilon)), math.exp(epsilon))
+                product *= abs(min(ratio * a, clipped * a))
+            total -= product ** (1 / n) * ((a > 0) - (a < 0)) / len(lengths)
+            start += n
+        return total
+
+    logps = (old + noise).requires_grad_()
+    tokens = loss_tokens(logps, *spread, old_logps=old, lengths=lengths)
+    level = given["--importance_sampling_level"]
+    config = loss_flags(loss_type="grpo", epsilon=epsilon, importance_sampling_level=level)
+    loss, sums = module(folder, "grpo/loss.py").policy_loss(tokens, config)
     loss.backward()
-    total = 0.0
-    for t in range(40):
-        clipped = min((logps[t] - old[t]).exp().item(), 1.3)
-        total -= weights[t].item() * clipped * advantages[t].item() * logps[t].item()
-        gradient = -weights[t].item() * clipped * advantages[t].item()
-        assert logps.grad[t].item() == pytest.approx(gradient, abs=1e-12)
-    assert loss.item() == pytest.approx(total)
-    assert sums["clip_high"] > 0 and logps.grad.all(), "a clipped token has a gradient"
+    x = logps.tolist()
+    assert loss.item() == pytest.approx(paper(x))
+    for t in range(len(x)):
+        sides = [paper([*x[:t], x[t] + step, *x[t + 1 :]]) for step in (1e-6, -1e-6)]
+        assert logps.grad[t].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, abs=1e-8)
+    beyond = noise * spread[0].sign() > epsilon
+    assert sums["clip_ratio/gmpo_mean"] == beyond.sum() > 0

@@ -60,16 +60,10 @@ def estimate_memory(
     tokens = min(config.tokens_per_pack, prompts * longest)  # of the largest pack
     rows = math.ceil(tokens / longest)
     at = activation_numbers(config, model, tokens, rows, lengths, device == "cpu")
-    predicted = longest - longest_prompt  # a row's tokens that the head works on
-    read = min(tokens, rows * predicted)  # by the head, of the largest pack
+    read = min(tokens, rows * (longest - longest_prompt))  # by the head, of the largest pack
     chunk = min(chunk_tokens(model.vocab_size, device), read)
     head = model.vocab_size * model.hidden_size
     logits = chunk * model.vocab_size * (6 if bf16 else 4)  # in float32, beside a copy in bf16
-    # whole completions need their slopes; the entropy's gradient a buffer more, and gradients
-    more = 4 * (config.entropy_coef != 0)
-    trained_logits = logits + chunk * model.vocab_size * more
-    if config.importance_sampling_level != "token":
-        trained_logits += read * model.hidden_size * (4 + more)
     whole = world == 1 or adapters > 0  # every rank holds the whole model
     share = 1 if whole else config.shard_size or world  # ranks that hold the model together
     light = config.optim in MOMENT_BYTES
@@ -95,7 +89,7 @@ def estimate_memory(
     kept, beside = backward_peak(
         at,
         size,
-        trained_logits,
+        logits + loss_bytes(config, model, read, chunk),
         head=0 if adapters else head,
         head_gradient=(size if light or not whole else 4) * (gradients > 0),
         gradients=gradients,
@@ -132,6 +126,14 @@ def estimate_memory(
         phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
         for phase, parts in phases.items()
     }
+
+
+def loss_bytes(config: TrainingConfig, model: QwenVLConfig, read: int, chunk: int) -> int:
+    """What a loss needs beside the logits: one of whole completions the slopes of all `read` tokens
+    of a pack; a gradient of the entropy a buffer of a chunk, or with both the gradients too."""
+    more = 4 * (config.entropy_coef != 0)
+    whole = config.importance_sampling_level != "token"
+    return chunk * model.vocab_size * more + read * model.hidden_size * (4 + more) * whole
 
 
 def evaluation_memory(
