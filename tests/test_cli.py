@@ -107,7 +107,10 @@ def test_booleans(argv, expected):
         (["--loss_type", "ppo"], "--loss_type 'ppo' is none of grpo, dapo, dr_grpo, cispo, sapo"),
         (["--loss_type", "bnpo"], "dapo divides by those of the whole step"),
         (["--loss_type", "vespo"], "docs/losses.md says how"),
-        (["--loss_type", "cispo"], "cispo needs --epsilon_high above 1.* it is None"),
+        (
+            ["--loss_type", "cispo"],
+            "cispo needs --epsilon_high above 1: here it is the largest ratio",
+        ),
         (["--loss_type", "cispo", "--epsilon_high", "0.28"], "the largest ratio itself .* 0.28"),
         (["--delta", "1.1"], "--delta 1.1 is not above 1 . --epsilon_high, 1.2"),
         (["--delta", "4", "--loss_type", "sapo"], "--delta 4.0 needs --loss_type grpo or dapo or"),
@@ -216,8 +219,16 @@ def test_a_value_beyond_a_bound_is_named(name):
         (["--load_in_4bit"], 1, "--load_in_4bit has no effect here"),
         (["--run_name", "x"], 2, "--run_name has no effect here: it names the run for --report_to"),
         (["--max_sampling_rounds", "3"], 2, "--max_sampling_rounds has no effect here: it is for"),
-        (["--delta", "4"], 1, "--delta has no effect here: every ratio is 1 with one update"),
-        (["--loss_type", "sapo"], 1, "--loss_type has no effect here: .* take --loss_type grpo"),
+        (
+            ["--delta", "4"],
+            1,
+            "--delta has no effect here: with --num_iterations 1 every ratio is 1; take 2 or more",
+        ),
+        (
+            ["--loss_type", "sapo"],
+            1,
+            "--loss_type has no effect here: .*; take 2 or more, or take --loss_type grpo",
+        ),
         (["--importance_sampling_level", "sequence"], 1, "importance_sampling_level has no effect"),
     ],
 )

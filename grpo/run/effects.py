@@ -31,7 +31,8 @@ def check_loss(config) -> None:
     if config.loss_type == "cispo" and (config.epsilon_high is None or high <= 1):
         raise ValueError(
             "--loss_type cispo needs --epsilon_high above 1: here it is the largest ratio "
-            f"itself (ScaleRL takes 5), not its distance from 1; it is {config.epsilon_high}"
+            "itself (ScaleRL takes 5), not its distance from 1"
+            + (f"; it is {high:g}" if config.epsilon_high is not None else "")
         )
     if config.delta is not None and config.delta <= 1 + high:
         raise ValueError(
@@ -54,9 +55,7 @@ def unused(config) -> list[str]:
 def check_effects(config, world: int) -> None:
     """Raises ValueError naming a flag that was given and has no effect with `world` ranks."""
     adapters = "it is for --use_peft"
-    still = config.num_iterations == 1 and (
-        "every ratio is 1 with one update a rollout (--num_iterations 2 makes two)"
-    )
+    still = config.num_iterations == 1 and "with --num_iterations 1 every ratio is 1"
     unsharded = world == 1 and "with one rank nothing is sharded"
     unsharded = unsharded or (config.use_peft and "with --use_peft every rank holds all weights")
     no_effect = {
@@ -87,6 +86,7 @@ def check_effects(config, world: int) -> None:
     for name, why in no_effect.items():
         changed = getattr(config, name) != config.__dataclass_fields__[name].default
         if why and changed and name in config.given:
-            instead = OFF_POLICY.get(getattr(config, name), "")
-            instead = f"take --{name} {instead}" if instead else "leave it out"
-            raise ValueError(f"--{name} has no effect here: {why}; {instead}")
+            like = OFF_POLICY.get(getattr(config, name))
+            instead = f"take --{name} {like}" if like else "leave it out"
+            more = "take 2 or more, or " if why is still else ""
+            raise ValueError(f"--{name} has no effect here: {why}; {more}{instead}")
