@@ -31,8 +31,10 @@ def test_top_k_of_one_is_greedy(tmp_path):
     assert lines[1]["frac_reward_zero_std"] == 1
     groups = read_lines(tmp_path / "run" / "completions.jsonl")
     assert len({(c["step"], c["prompt"], c["completion"]) for c in groups}) == 4
-    lines = train(tmp_path / "nucleus", *SHORT, "--top_p", "0.01")
+    bonus = ["--top_p", "0.01", "--beta", "0", "--entropy_coef", "0.1"]
+    lines = train(tmp_path / "nucleus", *SHORT, *bonus)
     assert lines[1]["frac_reward_zero_std"] == 1
+    assert lines[1]["grad_norm"] > 0, "the bonus trains groups of equal rewards too"
 
 
 VARIANTS = {

@@ -439,6 +439,11 @@ def test_the_tokens_of_highest_entropy_are_the_whole_steps():
     assert torch.equal(kept[0].bool(), expected)
     assert 0 < (expected & counted).sum() <= 0.2 * counted.sum() + 1 and not counted.all()
 
+    config.top_entropy_quantile = 0.0  # the token of highest entropy alone
+    keep_top_entropy(model, packs, config, Ranks(0, 1, torch.device("cpu")))
+    one = torch.cat([pack.kept for pack in packs]).bool()
+    assert (one & counted).sum() == 1 and entropies[one & counted] == entropies[counted].max()
+
     shared = Both(0, 2, torch.device("cpu"))
     shared.other = entropies[counted] + 100.0  # the other rank's are all higher: half of all
     config.top_entropy_quantile = 0.5 - 1 / len(shared.other)

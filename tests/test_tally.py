@@ -51,6 +51,7 @@ def test_what_a_loss_counts_is_what_is_logged():
         tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
         tally.add(filler(), tokens(torch.ones(3, requires_grad=True)), torch.tensor(0.5), counts)
         tally.updates = 1
+        assert not tally.sums["entropy"].requires_grad, "it would keep the pass's memory"
         metrics = tally.metrics(ALONE, [])
         assert metrics.keys() - {"loss", "entropy", "sampling/logp_difference_max"} == {*counts}
         assert all(metrics[name] == pytest.approx(1 / 3) for name in counts)
