@@ -182,6 +182,17 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
             ),
             3 * weight.nbytes,
         ),
+        "the same, whole completions": (
+            lambda: train([token_logps(hidden, weight, pack.targets, *head)[0]]),
+            4 * weight.nbytes,
+        ),
+        "the same, entropy": (
+            lambda: train(
+                logps - 0.01 * entropy
+                for _, logps, entropy in token_chunks(hidden, weight, pack.targets, *head)
+            ),
+            4 * weight.nbytes,
+        ),
         # what --beta 0 leaves out where half of the groups have no advantage; and --freeze_vision
         "training, half the groups": (
             lambda: train(t.logps for t in pack_chunks(model, half, 1.0)),
@@ -209,7 +220,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     rate, bandwidth = machine(options.repeat)
     print(f"matrix product {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'':26}{'ms':>9}{'GFLOP':>9}{'MB':>9}{'limit, ms':>11}{'times the limit':>17}")
+    print(f"{'':28}{'ms':>9}{'GFLOP':>9}{'MB':>9}{'limit, ms':>11}{'times the limit':>17}")
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (part, moved) in parts(Path(folder), options).items():
@@ -221,7 +232,7 @@ def main() -> None:
             rows[name] = {"seconds": seconds, "flops": flops, "bytes": moved, "limit_s": limit}
             times = f"{seconds / limit:17.1f}" if limit else ""
             cells = f"{1e3 * seconds:9.2f}{flops / 1e9:9.2f}{moved / 1e6:9.1f}{1e3 * limit:11.2f}"
-            print(f"{name:26}{cells}{times}", flush=True)
+            print(f"{name:28}{cells}{times}", flush=True)
     if options.json:
         setting = {k: v for k, v in vars(options).items() if k != "json"}
         machine_rates = {"flops_per_s": rate, "bytes_per_s": bandwidth, "load_average": load}
