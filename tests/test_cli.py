@@ -106,7 +106,7 @@ def test_booleans(argv, expected):
         (["--bf16", "perhaps"], "neither true nor false"),
         (["--loss_type", "ppo"], "--loss_type 'ppo' is none of grpo, dapo, dr_grpo, cispo, sapo"),
         (["--loss_type", "bnpo"], "dapo divides by those of the whole step"),
-        (["--loss_type", "vespo"], "docs/losses.md says how"),
+        (["--loss_type", "vespo"], "docs/change-the-loss.md says how"),
         (
             ["--loss_type", "cispo"],
             "cispo needs --epsilon_high above 1: here it is the largest ratio",

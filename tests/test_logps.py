@@ -471,3 +471,29 @@ def test_a_filler_has_a_gradient_of_zero_and_not_none(level, coef):
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers"):
             assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_tokens_that_are_left_out_have_no_gradient_from_any_pack_or_chunk():
+    """What `keep_top_entropy` marks reaches the loss: against one formed by hand from its marks."""
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    lengths, advantages = table(groups)
+    weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
+    config = loss_flags()
+    config.temperature, config.top_entropy_quantile = SAMPLING.temperature, 0.3
+    found = []
+    for by_hand in (False, True):
+        model.zero_grad()
+        packs = make_packs(groups, 60, (advantages, weights))
+        keep_top_entropy(model, packs, config, Ranks(0, 1, torch.device("cpu")))
+        assert len(packs) > 2
+        for pack in packs:
+            if by_hand:
+                logps = pack_logps(model, pack, SAMPLING.temperature)
+                (-logps * pack.advantages * pack.weights * pack.kept).sum().backward()
+                continue
+            for tokens in pack_chunks(model, pack, SAMPLING.temperature, chunk=7):
+                policy_loss(tokens, config)[0].backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, atol=1e-9, rtol=1e-6)

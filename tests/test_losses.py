@@ -312,9 +312,12 @@ def test_decoupled_normalization_equals_a_loop():
     found = gdpo_advantages(terms, weights)
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-12, rtol=1e-12)
     assert not found[2].any(), "exactly 0, so --beta 0 drops the group"
-    # two rewards with one sum: GRPO cannot tell the completions apart, GDPO can
-    pair = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
-    assert not group_advantages(pair.sum(2)).any() and gdpo_advantages(pair, [1.0, 1.0]).any()
+    # two sums are equal and GRPO cannot tell them apart; GDPO can, for the spreads differ
+    pair = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]])
+    grpo, gdpo = group_advantages(pair.sum(2)), gdpo_advantages(pair, [1.0, 1.0])
+    assert grpo[0, 0] == grpo[0, 1] and gdpo[0, 1] - gdpo[0, 0] > 0.1
+    # but where all sums of a group are equal, the parts cancel: exactly 0 and not rounding
+    assert not gdpo_advantages(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]), [1, 1]).any()
     assert not gdpo_advantages(torch.ones(2, 3, 2), [1.0, 1.0]).any()
 
 

@@ -87,16 +87,18 @@ def test_groups_and_records_meet_again_after_dealing(lengths):
     assert sorted(places) == list(range(len(rows)))
 
 
-@pytest.mark.parametrize("weights, kept", [((1.0, 1.0), 2), ((1.0, 0.0), 1)])
+@pytest.mark.parametrize(
+    "weights, kept", [((1.0, 1.0), [0, 1]), ((1.0, 0.0), [0, 2]), ((0.0, 1.0), [0, 1, 2])]
+)
 def test_decoupled_rewards_teach_if_any_that_counts_differs(weights, kept):
-    """GDPO: equal sums of different rewards have advantages; a reward of weight 0 has none."""
+    """GDPO: equal sums may have advantages; parts that cancel and a weight of 0 have none."""
     config = SimpleNamespace(
         prompts_per_step=3,
         dynamic_sampling=True,
         max_sampling_rounds=2,
         multi_objective_aggregation="normalize_then_sum",
     )
-    earned = [[(1, 0), (0, 1)], [(1, 0), (1, 1)], [(1, 1), (1, 1)]]  # two completions of each
+    earned = [[(1, 0), (0, 1), (0, 0)], [(1, 0), (1, 1), (1, 1)], [(1, 0), (0, 1), (1, 0)]]
     judged = [
         [Record(i, "", None, "", dict(zip("ab", r, strict=True)), {}, sum(r), 1, False) for r in rs]
         for i, rs in enumerate(earned)
@@ -106,6 +108,6 @@ def test_decoupled_rewards_teach_if_any_that_counts_differs(weights, kept):
     rows = [SimpleNamespace(index=i) for i in range(3)]
     rollout.deal(rows, [1, 1, 1])
     rollout.add(["g0", "g1", "g2"], judged)
-    assert len(rollout.groups) == kept and rollout.missing == 3 - kept
-    expected = [[list(map(float, r)) for r in rs] for rs in earned[:kept]]
+    assert rollout.groups == [f"g{i}" for i in kept] and rollout.missing == 3 - len(kept)
+    expected = [[list(map(float, r)) for r in earned[i]] for i in kept]
     assert rollout.terms.tolist() == expected
