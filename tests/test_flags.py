@@ -1,6 +1,7 @@
 """What flags do to a run."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -45,7 +46,11 @@ VARIANTS = {
         *("--loss_type", "cispo", "--epsilon_high", "5", "--num_iterations", "2"),
         *("--advantage_estimator", "rloo", "--scale_rewards", "none"),
     ],
-    "GDPO": ["--multi_objective_aggregation", "normalize_then_sum", "--dynamic_sampling"],
+    "GDPO": [
+        *("--multi_objective_aggregation", "normalize_then_sum", "--reward_weights", "1", "0.25"),
+        *("--prompts_per_step", "4"),
+    ],
+    "top entropy": ["--top_entropy_quantile", "0.01"],
     "bf16": ["--bf16", "true"],
     "checkpointing": ["--gradient_checkpointing", "true"],
     "batch": ["--scale_rewards", "batch"],
@@ -54,6 +59,42 @@ VARIANTS = {
     "tracker": ["--report_to", "tensorboard"],
     "pixels": ["--min_pixels", "12544", "--max_pixels", "12544"],
 }
+
+
+def leave_one_out(step: list[list[dict]]) -> list[list[float]]:
+    return [
+        [c["reward"] - sum(o["reward"] for o in g if o is not c) / (len(g) - 1) for c in g]
+        for g in step
+    ]
+
+
+def decoupled(step: list[list[dict]]) -> list[list[float]]:
+    """GDPO with the weights 1 and 0.25, in plain numbers."""
+    summed = []
+    for group in step:
+        parts = []
+        for term, weight in (("accuracy", 1.0), ("format", 0.25)):
+            earned = [c["rewards"][term] for c in group]
+            mean, scale = statistics.mean(earned), statistics.stdev(earned) + 1e-4
+            parts.append([weight * (r - mean) / scale for r in earned])
+        summed.append([sum(pair) for pair in zip(*parts, strict=True)])
+    scale = statistics.stdev([a for group in summed for a in group]) + 1e-4
+    return [[a / scale for a in group] for group in summed]
+
+
+ADVANTAGES = {"CISPO, RLOO": leave_one_out, "GDPO": decoupled}
+
+
+def check_advantages(completions: list[dict], expected) -> None:
+    """What the run's file says, against the rewards beside it."""
+    steps: dict = {}
+    for c in completions:
+        steps.setdefault(c["step"], {}).setdefault(c["prompt"], []).append(c)
+    for groups in steps.values():
+        groups = list(groups.values())
+        for group, row in zip(groups, expected(groups), strict=True):
+            assert [c["advantage"] for c in group] == pytest.approx(row, abs=1e-6)
+    assert any(c["advantage"] for c in completions), "a blunt test"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -68,6 +109,8 @@ def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
         assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     elif name != "no reference":  # which the policy has hardly left in two steps
         assert norms[0] != pytest.approx(norms[1], rel=1e-3)
+    if name in ADVANTAGES:
+        check_advantages(read_lines(tmp_path / "run" / "completions.jsonl"), ADVANTAGES[name])
     assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
     if name == "tracker":
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))

@@ -1,6 +1,7 @@
 """The plan's estimate of memory, against what autograd and the optimizer hold."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import train_cls
 from benchmarks.memory import parameters, peak, published
-from grpo.logps import pack_logps
+from grpo.logps import chunk_tokens, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
 from grpo.run.advice import USABLE, advise
@@ -260,3 +261,24 @@ def test_what_flags_save_is_what_they_take_away(flags, without):
     else:
         without -= 36 * 2**23 / 1e9  # rows that are worked on at once
     assert saved == pytest.approx(without, rel=1e-3)
+
+
+def test_the_plan_counts_what_a_loss_holds():
+    """A buffer of a chunk's logits for the entropy; slopes of a pack for whole completions. With a
+    large vocabulary the head's part is where a training pass holds most."""
+    config = tiny_config(vocab=60_000)
+    small = {"tokens_per_pack": 600, "num_generations": 4, "prompts_per_step": 2}
+    settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **small)
+    facts = (config, 10**7, 10**5, 20, 8, False, 1, "cpu")
+
+    def held(**changes) -> float:
+        memory = estimate_memory(replace(settings, **changes), *facts)
+        return sum(memory["training"].values()) * 1e9
+
+    read, chunk = 600, chunk_tokens(60_000, "cpu")
+    buffer, slopes = chunk * 60_000 * 4, read * config.hidden_size * 4
+    whole = {"importance_sampling_level": "sequence"}
+    assert held(entropy_coef=0.01) - held() == pytest.approx(buffer, rel=1e-6)
+    assert held(**whole) - held() == pytest.approx(slopes, rel=1e-6)
+    both = held(**whole, entropy_coef=0.01) - held()
+    assert both == pytest.approx(buffer + 2 * slopes, rel=1e-6)
