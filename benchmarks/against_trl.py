@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.step import stand_in_for_torchvision
+from grpo.flags.config import TrainingConfig
 from grpo.loss import Tokens, entropy_threshold, policy_loss, token_weights
-from grpo.run.config import TrainingConfig
 
 LENGTHS, LIMIT = (3, 1, 5, 9, 2, 7, 4, 6), 9
 CASES = {  # flags, all under TRL's names

@@ -28,19 +28,19 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm  # noqa: E402
 from benchmarks.memory import SIZES, published  # noqa: E402
+from grpo.engine.optimizer import Optimizer, total_norm  # noqa: E402
+from grpo.flags.config import TrainingConfig  # noqa: E402
 from grpo.logps import pack_chunks, pack_logps  # noqa: E402
 from grpo.loss import policy_loss  # noqa: E402
-from grpo.optimizer import Optimizer, total_norm  # noqa: E402
 from grpo.pack import Pack, make_packs  # noqa: E402
 from grpo.rollout import Group  # noqa: E402
-from grpo.run.config import TrainingConfig  # noqa: E402
 from grpo.tally import Tally  # noqa: E402
-from models.cache import KVCache, Layout  # noqa: E402
 from models.config import QwenVLConfig  # noqa: E402
+from models.decoding.cache import KVCache, Layout  # noqa: E402
+from models.decoding.storage import allocate  # noqa: E402
 from models.families import parse_config  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
 from models.qwen_vl import QwenVL, image_features  # noqa: E402
-from models.storage import allocate  # noqa: E402
 
 FAMILIES = {
     "qwen2_vl": "Qwen2-VL 2B",

@@ -96,7 +96,7 @@ def peer(settings: dict) -> dict:
 
     from benchmarks.twin import Twin
     from data.images import open_image
-    from grpo.adamw import BETA1, BETA2, EPS
+    from grpo.engine.adamw import BETA1, BETA2, EPS
 
     twin = Twin(settings["script"], flags(settings))
     config, own = twin.config, twin.processor

@@ -10,8 +10,8 @@ published config.json files, as far as a shape depends on them.
 
 import torch
 
-from grpo.run.config import TrainingConfig
-from grpo.run.memory import estimate_memory
+from grpo.flags.config import TrainingConfig
+from grpo.plan.memory import estimate_memory
 from models.config import QwenVLConfig
 from models.families import parse_config
 from models.qwen_vl import QwenVL

@@ -28,18 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.material import PROBLEM, make_checkpoint, make_images
 from benchmarks.step import GROUP, PROMPTS
 from data.images import open_image
+from grpo.engine.optimizer import Optimizer
 from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
-from grpo.optimizer import Optimizer
 from grpo.pack import make_packs
 from grpo.rollout import sample_groups
-from models.cache import KVCache, Layout
-from models.decode import DecodeStep
+from models.decoding.cache import KVCache, Layout
+from models.decoding.draw import Sampling, sample
+from models.decoding.generate import head as head_logits
+from models.decoding.step import DecodeStep
 from models.families import FAMILIES
-from models.generate import head as head_logits
 from models.load import load_model
 from models.processor import Processor
 from models.qwen_vl import image_features, with_image_features
-from models.sampling import Sampling, sample
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -24,10 +24,10 @@ import train_cls
 from benchmarks.material import PROCESSORS, make_images, make_vocabulary, write
 from benchmarks.memory import SIZES, published
 from benchmarks.step import random_reward
+from models.decoding.storage import allocate
 from models.families import config_dict, parse_config
 from models.load import save_model
 from models.qwen_vl import QwenVL
-from models.storage import allocate
 
 
 def make(folder: Path, name: str) -> Path:

@@ -11,18 +11,18 @@ import grpo.threads  # noqa: F401  before torch
 import torch
 
 from data.check import load_splits
+from grpo.engine.optimizer import Optimizer, learning_rate
+from grpo.engine.ranks import start
+from grpo.flags.parser import parse_config
 from grpo.logps import pack_chunks, pack_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
-from grpo.optimizer import Optimizer, learning_rate
 from grpo.pack import make_packs
-from grpo.ranks import start
 from grpo.rollout import Group
 from grpo.run.checks import named_weights
-from grpo.run.flags import parse_config
 from grpo.run.metrics import held_out_metrics
 from grpo.tally import Tally
+from models.decoding.generate import Sampling
 from models.families import parameter_name
-from models.generate import Sampling
 from models.load import find_folder, load_model
 from models.processor import Processor
 from rewards.parse import ideal_completion

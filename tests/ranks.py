@@ -14,19 +14,26 @@ from pathlib import Path
 
 import torch
 
-import grpo.ranks
+import grpo.engine.ranks
 import models.load
 import train_cls
 from data.load import load
+from grpo.engine.optimizer import Optimizer
+from grpo.engine.ranks import Ranks, start
+from grpo.engine.shard import (
+    checksum,
+    full_copy,
+    gather_weights,
+    load_weights,
+    make_mesh,
+    materialize,
+)
 from grpo.logps import pack_chunks
-from grpo.optimizer import Optimizer
 from grpo.pack import filler, make_packs
-from grpo.ranks import Ranks, start
 from grpo.reward import RewardFault
 from grpo.rollout import Group
 from grpo.run.checkpoint import save_final
 from grpo.run.reporter import Reporter
-from grpo.shard import checksum, full_copy, gather_weights, load_weights, make_mesh, materialize
 from models.load import empty_model
 from models.processor import Processor
 from tests.tiny import tiny_prompt
@@ -164,7 +171,7 @@ def rough(folder: str) -> None:
 def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
     """A run in which rank 1 dies, stops or raises (how) as soon as it enters a phase (moment); each
     time that torchrun starts it again the next of `faults` happens, and after the last one none."""
-    grpo.ranks.GRACE = 1.0  # seconds: both ranks are on this machine
+    grpo.engine.ranks.GRACE = 1.0  # seconds: both ranks are on this machine
     enter = Ranks.enter
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     how, moment = faults[attempt] if attempt < len(faults) else (None, None)

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import models.graphs
+import models.decoding.graphs
+from models.decoding.draw import Sampling
+from models.decoding.generate import generate
+from models.decoding.graphs import Graphs
 from models.families import FAMILIES
-from models.generate import generate
-from models.graphs import Graphs
 from models.lora import LoRA
-from models.sampling import Sampling
 from tests.tiny import family_config, tiny_model, tiny_prompt
 
 OPERATIONS, WAITS = torch._rehearsal
@@ -73,7 +73,7 @@ def captured(family: str, adapters: bool) -> dict:
     model, same, replays = make(family, 4, adapters), [], 0
     graphs, pools = Graphs(model), set()
     for change in range(4):  # the cache grows; stays; there are too many graphs
-        models.graphs.MOST = 1 if change == 3 else 48
+        models.decoding.graphs.MOST = 1 if change == 3 else 48
         found = []
         for model.graphs in (graphs, None):
             before = OPERATIONS["graph replays"]

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  the "fake" backend
 
-import grpo.adamw
+import grpo.engine.adamw
 import train_cls
-from grpo.adamw import (
+from grpo.engine.adamw import (
     BETA1,
     BETA2,
     LARGEST,
@@ -23,10 +23,10 @@ from grpo.adamw import (
     Noise,
     table,
 )
-from grpo.optimizer import OPTIMIZERS, Optimizer, total_norm
-from grpo.ranks import Ranks
-from grpo.run.load import load_models
-from grpo.shard import reshard
+from grpo.engine.load import load_models
+from grpo.engine.optimizer import OPTIMIZERS, Optimizer, total_norm
+from grpo.engine.ranks import Ranks
+from grpo.engine.shard import reshard
 from models.load import load_model
 from tests.runs import CHECKPOINT, SHORT, read_steps, train
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
@@ -193,7 +193,7 @@ def test_no_update_of_exact_moments_is_as_large_as_the_limit():
 def test_how_many_rows_are_worked_on_at_once_changes_no_bit(optim, dtype, monkeypatch):
     found = []
     for numbers in (2**23, 1000):
-        monkeypatch.setattr(grpo.adamw, "NUMBERS", numbers)
+        monkeypatch.setattr(grpo.engine.adamw, "NUMBERS", numbers)
         model = Small(dtype)
         updates(model, Optimizer(model, 0.1, optim=optim), 5)
         found.append(list(model.parameters()))

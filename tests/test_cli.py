@@ -12,12 +12,12 @@ from dataclasses import asdict, fields
 import pytest
 import yaml
 
-from grpo.run.config import TrainingConfig
-from grpo.run.effects import check_effects
+from grpo.flags.combine import check_effects
+from grpo.flags.config import TrainingConfig
+from grpo.flags.parser import ELSEWHERE, parse_config
 from grpo.run.exits import StopSignal
-from grpo.run.flags import ELSEWHERE, parse_config
 from grpo.run.folder import check_output
-from models.sampling import Sampling
+from models.decoding.draw import Sampling
 from tests.runs import ROOT
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]

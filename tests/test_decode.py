@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from models.cache import KVCache, Layout
-from models.decode import DecodeStep
-from models.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
-from models.graphs import Graphs
+from models.decoding.cache import KVCache, Layout
+from models.decoding.draw import BLOCK, Sampling, sample
+from models.decoding.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
+from models.decoding.graphs import Graphs
+from models.decoding.step import DecodeStep
 from models.lora import LoRA
 from models.qwen_vl import image_features
-from models.sampling import BLOCK, Sampling, sample
 from tests.peer import reference_inputs, reference_model
 from tests.test_models import GRIDS
 from tests.tiny import IMAGE, family_config, tiny_config, tiny_model, tiny_prompt
@@ -85,7 +85,7 @@ def test_long_prompts_are_prefilled_some_at_a_time(monkeypatch):
         return original(ids, *rest)
 
     monkeypatch.setattr(model, "hidden_states", counted)
-    monkeypatch.setattr("models.generate.PREFILL", sum(map(len, prompts[:2])))
+    monkeypatch.setattr("models.decoding.generate.PREFILL", sum(map(len, prompts[:2])))
     found, _ = generate(model, prompts, 2, Sampling(10, stop_ids=(3, 7)), uniforms)
     assert found == expected
     assert passes == [sum(map(len, prompts[:2])), len(prompts[2])]

@@ -14,12 +14,12 @@ from benchmarks.memory import SIZES, published
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
+from models.decoding.draw import Sampling
+from models.decoding.generate import generate
+from models.decoding.storage import joined
 from models.families import FAMILIES, parameter_name, parse_config, read_config
-from models.generate import generate
 from models.load import load_model, save_model, weight_files
 from models.qwen_vl import image_features, with_image_features
-from models.sampling import Sampling
-from models.storage import joined
 from tests.peer import own_hidden, reference_inputs, reference_model
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grpo.engine.load
 import grpo.run.checks
-import grpo.run.load
 import grpo.run.run
 import train_cls
 from benchmarks.soak import soak
-from grpo.optimizer import Optimizer
-from grpo.ranks import Ranks
+from grpo.engine.optimizer import Optimizer
+from grpo.engine.ranks import Ranks
 from grpo.run import exits, folder
 from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
@@ -113,7 +113,7 @@ def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
     tmp_path, monkeypatch, broken
 ):
     monkeypatch.setattr(
-        grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+        grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
     )
     monkeypatch.setattr(train_cls, "score", broken)
     with pytest.raises(ValueError, match=r"Error: .*for row 0 and the completion:\n<think>"):
@@ -338,7 +338,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+        grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
     )
     with pytest.raises(ValueError, match="/proc cannot be written"):
         train_cls.main(["--output_dir", "/proc/run", *SHORT])
@@ -354,7 +354,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     with (run / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         monkeypatch.setattr(
-            grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+            grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
         )
         with pytest.raises(ValueError, match="another run is writing there"):
             train_cls.main(again)

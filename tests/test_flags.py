@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import grpo.run.load
+import grpo.engine.load
 import train_cls
 import train_det
 from data.flowers import SPECIES
@@ -100,8 +100,8 @@ def check_advantages(completions: list[dict], expected) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     loads = []
-    load = grpo.run.load.load_weights
-    monkeypatch.setattr(grpo.run.load, "load_weights", lambda *a: loads.append(a) or load(*a))
+    load = grpo.engine.load.load_weights
+    monkeypatch.setattr(grpo.engine.load, "load_weights", lambda *a: loads.append(a) or load(*a))
     lines = train(tmp_path / "run", *SHORT, *VARIANTS[name])
     assert len(lines) == 3 and all(line["grad_norm"] >= 0 for line in lines[1:])
     norms = [[line["grad_norm"] for line in run[1:]] for run in (lines, read_steps(plain))]

@@ -10,16 +10,16 @@ from torch import nn
 
 import train_cls
 import train_det
+from grpo.engine.load import load_models
+from grpo.engine.ranks import Ranks
+from grpo.engine.shard import checksum, load_weights
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
-from grpo.ranks import Ranks
-from grpo.run.load import load_models
-from grpo.shard import checksum, load_weights
+from models.decoding.storage import allocate, joined
 from models.families import FAMILIES
 from models.four_bit import BYTES, FourBitLinear, four_bit_layers
 from models.load import empty_model, load_model, save_model
 from models.lora import WEIGHTS, LoRA, initial, is_adapter, without_adapters
-from models.storage import allocate, joined
 from tests.runs import CHECKPOINT, SHORT, assert_resumes, read_lines, train
 from tests.test_families import groups_of
 from tests.tiny import IMAGE, family_config, tiny_model

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.engine.ranks import Ranks
 from grpo.logps import keep_top_entropy, pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.pack import filler, make_packs
-from grpo.ranks import Ranks
 from grpo.rollout import sample_groups, uniform_numbers
+from models.decoding.draw import Sampling
 from models.qwen_vl import image_features, with_image_features
-from models.sampling import Sampling
 from tests.tiny import IMAGE, loss_flags, loss_tokens, tiny_config, tiny_model, tiny_prompt
 
 SUPPRESSED = torch.tensor((IMAGE, 57, 58, 60, 61, 62, 63))

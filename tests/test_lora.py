@@ -13,12 +13,12 @@ from torch.func import functional_call
 import train_cls
 import train_det
 from benchmarks.memory import peak, published
+from grpo.engine.adapters import lora_of
+from grpo.engine.optimizer import Optimizer
+from grpo.flags.config import TrainingConfig
 from grpo.logps import pack_chunks, pack_logps
-from grpo.optimizer import Optimizer
 from grpo.pack import make_packs
-from grpo.run.adapters import lora_of
 from grpo.run.checks import check_copies
-from grpo.run.config import TrainingConfig
 from models.families import FAMILIES, parse_config
 from models.load import find_folder, load_model, save_model
 from models.lora import (

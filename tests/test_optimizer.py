@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from grpo.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
-from grpo.ranks import Ranks
+from grpo.engine.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
+from grpo.engine.ranks import Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import State, resume, save_checkpoint
 from tests.tiny import tiny_config, tiny_model

@@ -9,13 +9,13 @@ import torch
 
 import train_cls
 from benchmarks.memory import parameters, peak, published
+from grpo.flags.config import TrainingConfig
 from grpo.logps import chunk_tokens, pack_logps
 from grpo.pack import make_packs
+from grpo.plan.advice import USABLE, advise
+from grpo.plan.memory import estimate_memory, peak_gb
+from grpo.plan.sizes import decoder_layer_parameters, vision_block_parameters
 from grpo.rollout import Group
-from grpo.run.advice import USABLE, advise
-from grpo.run.config import TrainingConfig
-from grpo.run.memory import estimate_memory, peak_gb
-from grpo.run.sizes import decoder_layer_parameters, vision_block_parameters
 from models.families import parse_config
 from models.load import check_checkpoint, save_model
 from models.qwen_vl import QwenVL

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import tests.runs
 import train_cls
-from grpo.optimizer import Optimizer
-from grpo.ranks import Ranks
+from grpo.engine.optimizer import Optimizer
+from grpo.engine.ranks import Ranks
+from grpo.engine.shard import check_sharding, checksum
+from grpo.flags.combine import check_effects
 from grpo.run.clock import WHAT_TO_LOWER
-from grpo.run.effects import check_effects
-from grpo.shard import check_sharding, checksum
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
 from tests.runs import CHECKPOINT, read_lines, read_steps, timeless

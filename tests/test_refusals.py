@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import grpo.run.load
+import grpo.engine.load
 import train_cls
 import train_det
 from rewards.parse import ideal_completion
@@ -26,7 +26,7 @@ def test_the_other_script_s_data_is_refused_before_a_weight_is_loaded(tmp_path, 
         (train_det, "train_cls.py", flowers),
     ):
         monkeypatch.setattr(
-            grpo.run.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
+            grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
         )
         argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(folder)]
         with pytest.raises(ValueError) as caught:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.ranks import Ranks
+from grpo.engine.ranks import Ranks
 from grpo.reward import Record
 from grpo.rollout import Rollout, dealing_order
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo.engine.ranks import Ranks
 from grpo.loss import Tokens
 from grpo.pack import filler
-from grpo.ranks import Ranks
 from grpo.tally import Tally
 
 CONFIG = SimpleNamespace(beta=0.1, kl_estimator="k1")

@@ -9,16 +9,16 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from grpo.adamw import MOMENT_BYTES, NUMBERS
+from grpo.engine.adamw import MOMENT_BYTES, NUMBERS
+from grpo.engine.adapters import vision_is_frozen
+from grpo.flags.config import TrainingConfig
 from grpo.logps import chunk_tokens
-from grpo.run.adapters import vision_is_frozen
-from grpo.run.config import TrainingConfig
-from grpo.run.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
+from grpo.plan.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
 from models.config import QwenVLConfig
+from models.decoding.generate import PREFILL, few_lengths
+from models.decoding.graphs import MOST
 from models.families import family_of
 from models.four_bit import BYTES as FOUR_BIT_BYTES
-from models.generate import PREFILL, few_lengths
-from models.graphs import MOST
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory

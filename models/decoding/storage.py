@@ -2,7 +2,7 @@
 
 Decoding reads q, k and v as one matrix, and gate and up as another. Both are one block of memory of
 which the published parameters are parts, so nothing is copied to join them. A sharded model keeps
-each parameter by itself (grpo/shard.py); only its full copy decodes.
+each parameter by itself (grpo/engine/shard.py); only its full copy decodes.
 """
 
 from collections.abc import Sequence

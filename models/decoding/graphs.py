@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.cache import KVCache, Layout
-from models.decode import DecodeStep
+from models.decoding.cache import KVCache, Layout
+from models.decoding.step import DecodeStep
 from models.qwen_vl import QwenVL
 
 MOST = 48  # graphs; with more of them all are captured anew

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo.shard import local_rows
+from grpo.engine.shard import local_rows
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # PyTorch's
 # |m| <= LARGEST sqrt(v) whatever the gradients (Cauchy-Schwarz), unless v was rounded to 0

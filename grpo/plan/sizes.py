@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from grpo.adamw import BLOCK
-from grpo.run.adapters import lora_of
-from grpo.run.config import TrainingConfig
+from grpo.engine.adamw import BLOCK
+from grpo.engine.adapters import lora_of
+from grpo.flags.config import TrainingConfig
 from models.config import QwenVLConfig
 from models.decoder import DecoderLayer
 from models.families import family_of

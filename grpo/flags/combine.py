@@ -4,8 +4,8 @@ What each flag is, and the values that it takes alone, is in config.py; what the
 table in grpo/loss.py.
 """
 
+from grpo.flags.parser import own_flags
 from grpo.loss import COMBINES
-from grpo.run.flags import own_flags
 
 EVALUATION = (  # the flags that --eval_only looks at
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split"),

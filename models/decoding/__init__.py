@@ -1,0 +1,1 @@
+"""Sampling: the decode step, its cache and CUDA graphs, drawing tokens."""
