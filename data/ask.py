@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.errors import UserError
+
 LISTED = 50  # classes that fit a prompt
 
 CLASS = (
@@ -58,12 +60,12 @@ class Ask:
         return CLASS.replace("{choice}", choice)
 
     def boxes_problem(self, category: str) -> str:
-        """Where in the image are objects of the category? Raises ValueError for a template that
+        """Where in the image are objects of the category? Raises UserError for a template that
         does not name it."""
         if self.template is not None:
             self._check_template({"category", "coordinates", "example"})
             if "{category}" not in self.template:
-                raise ValueError(
+                raise UserError(
                     "--prompt_template: without {category} it does not say what to find"
                 )
         text = BOXES if self.template is None else self.template
@@ -72,19 +74,19 @@ class Ask:
         return text.replace("{category}", category)
 
     def _check_template(self, known: set[str]) -> None:
-        """Raises ValueError for an empty template, and for a placeholder that is not filled."""
+        """Raises UserError for an empty template, and for a placeholder that is not filled."""
         if not self.template.strip():
-            raise ValueError("--prompt_template is empty")
+            raise UserError("--prompt_template is empty")
         other = set(re.findall(r"\{(\w+)\}", self.template)) - known
         if other:
             listed = ", ".join(f"{{{name}}}" for name in sorted(known))
-            raise ValueError(
+            raise UserError(
                 f"--prompt_template: {{{min(other)}}} is not filled; for this data set {listed} are"
             )
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError if a class or category has no name, or if an answer could not tell two of
+    """Raises UserError if a class or category has no name, or if an answer could not tell two of
     them apart: case, spaces, dashes, underscores, quotes and a full stop make no difference, as in
     rewards/cls.py."""
     seen: dict[str, str] = {}
@@ -92,9 +94,9 @@ def check_names(names: Sequence[str], where: str) -> None:
         plain = unicodedata.normalize("NFKC", name).casefold()
         plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip(" \"'").rstrip(".,;:!?\"' ")
         if not plain:
-            raise ValueError(f"{where}: {name!r} is no name")
+            raise UserError(f"{where}: {name!r} is no name")
         if plain in seen:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {seen[plain]!r} and {name!r} count as one name; join or rename them"
             )
         seen[plain] = name

@@ -7,6 +7,7 @@ A system prompt is put in front of the question. Several questions in a row are 
 
 import json
 
+from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, PLACEHOLDER
 
 COLUMNS = ("messages", "conversations")
@@ -30,22 +31,22 @@ def convert(row: dict) -> dict:
 def _converted(row: dict) -> dict:
     unread = [name for name in UNREAD if row.get(name)]
     if unread:
-        raise ValueError(f"it has {', '.join(unread)}, which cannot be trained on here")
+        raise UserError(f"it has {', '.join(unread)}, which cannot be trained on here")
     turns = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
     if isinstance(turns, str):  # some tables hold JSON
         try:
             turns = json.loads(turns)
         except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"its conversation is no list of messages: {turns[:80]!r}") from None
+            raise UserError(f"its conversation is no list of messages: {turns[:80]!r}") from None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"its conversation is no list of messages: {str(turns)[:80]!r}")
+        raise UserError(f"its conversation is no list of messages: {str(turns)[:80]!r}")
     images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), [])
     images = list(images) if isinstance(images, list | tuple) else [images]
     inside: list = []
     said = [(_role(turn), _text(turn, inside)) for turn in turns]
     questions = [text for role, text in said if role == "user"]
     if len(questions) != 1:
-        raise ValueError(f"it has {len(questions)} questions; one question and its answer is a row")
+        raise UserError(f"it has {len(questions)} questions; one question and its answer is a row")
     if row.get("system"):
         said.insert(0, ("system", _as_text(row["system"])))
     system = "".join(f"{text.strip()}\n\n" for role, text in said if role == "system")
@@ -53,12 +54,12 @@ def _converted(row: dict) -> dict:
     solution = row.get("solution")
     if solution is None:
         if not answers or said[-1][0] != "assistant":
-            raise ValueError("it ends without an answer, and has no column solution")
+            raise UserError("it ends without an answer, and has no column solution")
         solution = answers[-1]
     problem, images = f"{system}{questions[0]}", images or inside
     places = problem.count(PLACEHOLDER)
     if places and places != len(images):
-        raise ValueError(f"{places} {PLACEHOLDER} in the question, and images: {len(images)}")
+        raise UserError(f"{places} {PLACEHOLDER} in the question, and images: {len(images)}")
     problem = _without_leading(problem)
     return {"images": images, "problem": problem, "solution": _as_text(solution)}
 
@@ -68,7 +69,7 @@ def _role(turn: dict) -> str:
     for name, known in (("user", USER), ("assistant", ASSISTANT), ("system", SYSTEM)):
         if role in known:
             return name
-    raise ValueError(f"a message is by {str(role)[:40]!r}; known are user, assistant and system")
+    raise UserError(f"a message is by {str(role)[:40]!r}; known are user, assistant and system")
 
 
 def _text(turn: dict, images: list) -> str:
@@ -93,7 +94,7 @@ def _text(turn: dict, images: list) -> str:
         elif "bbox_2d" in part or "Position" in part:
             return _as_text(content)
         else:
-            raise ValueError(f"a message has a part of type {str(part.get('type'))[:40]!r}")
+            raise UserError(f"a message has a part of type {str(part.get('type'))[:40]!r}")
     return "".join(words)
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data.ask import Ask, check_names
+from data.errors import UserError
 from data.folders import SPLITS
 from data.rows import Fault, Rows
 
@@ -25,7 +26,7 @@ NOTHING = "<answer>No Objects</answer>"
 def find(path: Path) -> dict[str, Path]:
     """Split -> its annotation file; nothing if `path` has none.
 
-    Raises ValueError if several files hold one split.
+    Raises UserError if several files hold one split.
     """
     if path.is_file():
         return {"train": path} if path.suffix == ".json" and is_coco(path) else {}
@@ -41,7 +42,7 @@ def find(path: Path) -> dict[str, Path]:
         split = split_name(file) if len(files) > 1 else "train"
         if split is None or split in found:
             other = found.get(split) or next(f for f in files if f != file)
-            raise ValueError(
+            raise UserError(
                 f"{path}: {file.relative_to(path)} and {other.relative_to(path)} are annotation "
                 f"files, and their names do not tell which split each is; call them "
                 f"instances_train.json and instances_test.json, or give --dataset_name one of them"
@@ -88,7 +89,7 @@ def _parsed(file: Path, changed: int, size: int) -> dict:
 
 
 def read(file: Path, ask: Ask) -> Rows:
-    """The rows of an annotation file. Raises ValueError as `rows_of`, or if no image is found."""
+    """The rows of an annotation file. Raises UserError as `rows_of`, or if no image is found."""
     content = _content(file)
     rows = rows_of(content, file, ask)
     rows.folder = image_folder(content, file)
@@ -99,7 +100,7 @@ def image_folder(content: dict, file: Path) -> Path:
     """Where most of the first images lie: beside the file, in a folder there, or in one beside its
     folder.
 
-    Raises ValueError naming the folders that were looked at.
+    Raises UserError naming the folders that were looked at.
     """
     names = [_file_name(entry) for entry in content["images"][:20]]
     inside = ("", "images", "data", file.stem.removeprefix("instances_"), split_name(file) or "")
@@ -109,7 +110,7 @@ def image_folder(content: dict, file: Path) -> Path:
     found = [sum((folder / name).is_file() for name in names) for folder in tried]
     if not any(found):
         listed = ", ".join(map(str, tried))
-        raise ValueError(f"{file}: its first image, {names[0]!r}, is in none of {listed}")
+        raise UserError(f"{file}: its first image, {names[0]!r}, is in none of {listed}")
     return tried[found.index(max(found))]
 
 
@@ -120,7 +121,7 @@ def _file_name(entry: dict) -> str:
 def rows_of(content: dict, where, ask: Ask) -> Rows:
     """The rows of an annotation file's content, in its order of images and categories.
 
-    where: the file, for messages. Raises ValueError if an image or category is named that the
+    where: the file, for messages. Raises UserError if an image or category is named that the
     content does not have, if a number is given twice, or if there is no box. A box that is none is
     a fault of its row.
     """
@@ -128,27 +129,27 @@ def rows_of(content: dict, where, ask: Ask) -> Rows:
     shown: dict[tuple, list[dict]] = defaultdict(list)
     for annotation in content["annotations"]:
         if not isinstance(annotation, dict):
-            raise ValueError(f"{where}: {str(annotation)[:80]!r} is no annotation")
+            raise UserError(f"{where}: {str(annotation)[:80]!r} is no annotation")
         place = annotation.get("image_id"), annotation.get("category_id")
         for number, known, what in zip(place, (images, names), ("image", "category"), strict=True):
             if not isinstance(number, int | str) or number not in known:
-                raise ValueError(
+                raise UserError(
                     f"{where}: annotation {annotation.get('id')} is of {what} {number!r}, which "
                     f"the file does not have"
                 )
         shown[place].append(annotation)
     if not shown:
-        raise ValueError(f"{where}: no annotation")
+        raise UserError(f"{where}: no annotation")
     boxed = {p: found for p, found in shown.items() if not all(map(_is_crowd, found))}
     used = {category for _, category in boxed}
     called = {number: str(entry.get("name", number)) for number, entry in names.items()}
     asked = [number for number in names if number in used]
     check_names([called[number] for number in asked], f"{where}: the categories")
     if not boxed:
-        raise ValueError(f"{where}: all boxes are crowds, so there is nothing to find")
+        raise UserError(f"{where}: all boxes are crowds, so there is nothing to find")
     numbers = [n for a in content["annotations"] if _is_box(a.get("bbox")) for n in a["bbox"]]
     if numbers and max(numbers) <= 1:
-        raise ValueError(f"{where}: no coordinate is above 1; boxes must count pixels, not shares")
+        raise UserError(f"{where}: no coordinate is above 1; boxes must count pixels, not shares")
     absent = _absent(images, asked, shown, round(share_of(len(boxed), ask.absent_share)))
     order = [(i, c) for i in images for c in asked if (i, c) in boxed or (i, c) in absent]
     table, faults, clipped, twice = [], [], 0, 0
@@ -193,10 +194,10 @@ def _by_id(content: dict, part: str, where) -> dict:
     for entry in content[part]:
         number = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(number, int | str) or number in found:
-            raise ValueError(f"{where}: {part}: {str(entry)[:80]!r} has no id of its own")
+            raise UserError(f"{where}: {part}: {str(entry)[:80]!r} has no id of its own")
         found[number] = entry
     if len({type(number) for number in found}) > 1:
-        raise ValueError(f"{where}: {part}: some ids are numbers and some are text")
+        raise UserError(f"{where}: {part}: some ids are numbers and some are text")
     return found
 
 

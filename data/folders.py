@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.ask import Ask, check_names
+from data.errors import UserError
 from data.rows import Rows
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -23,7 +24,7 @@ SPLITS = {
 def find(path: Path) -> dict[str, Path]:
     """Split -> the folder of its class folders; nothing if `path` has no folder of photographs.
 
-    Raises ValueError if some folders are splits and others are not, or if two are one split.
+    Raises UserError if some folders are splits and others are not, or if two are one split.
     """
     inside = folders(path) if path.is_dir() else []
     found: dict[str, Path] = {}
@@ -32,14 +33,14 @@ def find(path: Path) -> dict[str, Path]:
         if split is None or not folders(folder):
             continue
         if split in found:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {found[split].name} and {folder.name} are one split; keep one"
             )
         found[split] = folder
     others = [f.name for f in inside if f not in found.values() and photographs(f)]
     if found and others:
         first = next(iter(found.values()))
-        raise ValueError(
+        raise UserError(
             f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
             f"folders: move it away, or give --dataset_name {first}"
         )
@@ -52,21 +53,21 @@ def read(path: Path, ask: Ask, classes: list[str] | None = None) -> Rows:
     """A row for each photograph in path's class folders, in the order of their names.
 
     classes: those of all splits, for the prompt; by default this split's. A class is called as its
-    folder is, with spaces for underscores. Raises ValueError if there is one class only, if a
+    folder is, with spaces for underscores. Raises UserError if there is one class only, if a
     folder has no photograph or if a photograph lies beside the folders.
     """
     loose = [file.name for file in photographs(path, deep=False)]
     if loose:
-        raise ValueError(
+        raise UserError(
             f"{path}: {loose[0]} lies beside the class folders ({len(loose)} such files); move "
             f"each photograph into the folder of its class"
         )
     found = {folder: photographs(folder) for folder in folders(path)}
     empty = [folder.name for folder, files in found.items() if not files]
     if empty:
-        raise ValueError(f"{path}: no photograph in {', '.join(empty)}; remove the folder")
+        raise UserError(f"{path}: no photograph in {', '.join(empty)}; remove the folder")
     if len(found) < 2:
-        raise ValueError(
+        raise UserError(
             f"{path}: the photographs are in one folder, {next(iter(found)).name}, so there is "
             f"nothing to tell apart: make a folder for each class"
         )

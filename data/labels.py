@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data import coco
 from data.ask import Ask, check_names
+from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, Rows
 
 BOXES, CATEGORIES = ("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels")
@@ -13,13 +14,13 @@ BOXES, CATEGORIES = ("bbox", "bboxes", "boxes"), ("category", "categories", "lab
 def label_column(table) -> str | None:
     """The column with class labels, None if there is none.
 
-    Raises ValueError if there are several.
+    Raises UserError if there are several.
     """
     import datasets
 
     labels = [n for n, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(labels) > 1:
-        raise ValueError(f"several columns are class labels: {', '.join(labels)}; keep one")
+        raise UserError(f"several columns are class labels: {', '.join(labels)}; keep one")
     return labels[0] if labels else None
 
 
@@ -50,18 +51,18 @@ def read_objects(table, folder: Path, ask: Ask) -> Rows:
     """Detection: `objects` has for each image lists of boxes and of their categories.
 
     Boxes are [x, y, width, height] in pixels, as in COCO, unless some cannot be, and all can be two
-    corners; ask.corners decides otherwise. Raises ValueError if the columns are others, or a row
+    corners; ask.corners decides otherwise. Raises UserError if the columns are others, or a row
     has no boxes with their categories.
     """
     kind = table.features["objects"]
     kind = getattr(kind, "feature", kind)
     kind = kind[0] if isinstance(kind, list) else kind
     if not isinstance(kind, dict):
-        raise ValueError("objects are no lists of boxes and categories")
+        raise UserError("objects are no lists of boxes and categories")
     boxes = next((name for name in BOXES if name in kind), None)
     label = next((name for name in CATEGORIES if name in kind), None)
     if boxes is None or label is None:
-        raise ValueError(f"objects has {', '.join(kind)}; it needs bbox and category")
+        raise UserError(f"objects has {', '.join(kind)}; it needs bbox and category")
     of = kind[label]
     known = getattr(getattr(of, "feature", of), "names", None)
     images = [name for name in IMAGE_COLUMNS if name in table.column_names]
@@ -74,7 +75,7 @@ def read_objects(table, folder: Path, ask: Ask) -> Rows:
         entries.append({"id": i, "file_name": f"row {i}", "image": image, "width": w, "height": h})
         for box, category in _pairs(row["objects"], boxes, label, i):
             if known and not 0 <= category < len(known):
-                raise ValueError(f"row {i}: category {category}, and there are {len(known)}")
+                raise UserError(f"row {i}: category {category}, and there are {len(known)}")
             number = len(annotations) + 1
             place = {"id": number, "image_id": i, "category_id": category}
             annotations.append(place | {"bbox": list(box)})
@@ -99,18 +100,18 @@ def read_objects(table, folder: Path, ask: Ask) -> Rows:
 
 
 def _pairs(found, boxes: str, label: str, row: int) -> list[tuple]:
-    """(box, category) of each object of a row. Raises ValueError if they are not that."""
+    """(box, category) of each object of a row. Raises UserError if they are not that."""
     if isinstance(found, list):
         found = {name: [each[name] for each in found] for name in (boxes, label)}
     columns = [found.get(name) for name in (boxes, label)] if isinstance(found, dict) else [None]
     if any(not isinstance(column, list) for column in columns) or len(columns[0]) != len(
         columns[1]
     ):
-        raise ValueError(f"row {row}: objects has no boxes with a category each")
+        raise UserError(f"row {row}: objects has no boxes with a category each")
     for box, category in zip(*columns, strict=True):
         four = isinstance(box, list) and len(box) == 4
         if not four or not all(isinstance(n, int | float) for n in box) or category is None:
-            raise ValueError(f"row {row}: objects has the box {box}, category {category}")
+            raise UserError(f"row {row}: objects has the box {box}, category {category}")
     return list(zip(*columns, strict=True))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data import coco, flowers, folders, scenes, virft
 from data.ask import Ask
+from data.errors import UserError
 from data.rows import Rows
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
@@ -26,13 +27,13 @@ DEMO_ROWS = {"train": 480, "test": 180}
 def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
     """The rows of a split; `ask` words the prompts where the data set has none.
 
-    Raises ValueError if the data set or the split does not exist (naming the splits there are),
+    Raises UserError if the data set or the split does not exist (naming the splits there are),
     a file cannot be read, a column is missing, or there is no row.
     """
     path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
     kind, parts = look(dataset_name)
     if kind != "hub" and split not in parts:
-        raise ValueError(
+        raise UserError(
             f"{dataset_name}: no split {split!r}; there is {', '.join(parts) or 'none'} "
             f"(--dataset_train_split and --dataset_test_split choose)"
         )
@@ -50,12 +51,12 @@ def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
             rows = virft.read(path, split, parts[split], ask)
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if dataset_name in text else f"{where}: {text}") from error
+        raise UserError(text if dataset_name in text else f"{where}: {text}") from error
     rows.name, rows.ask = where, ask
     if not len(rows):
-        raise ValueError(f"{where}: no rows")
+        raise UserError(f"{where}: no rows")
     if ask.template is not None and not rows.worded:
-        raise ValueError(f"--prompt_template has no effect here: {dataset_name} has prompts")
+        raise UserError(f"--prompt_template has no effect here: {dataset_name} has prompts")
     return rows
 
 
@@ -65,7 +66,7 @@ def read_splits(
     """The rows to train on and those held out, by the flags of these names, unchecked.
 
     Without a test split a share of the images is held out: by default SHARE of a data set whose
-    prompts are made here, else nothing. Raises ValueError as `load`.
+    prompts are made here, else nothing. Raises UserError as `load`.
     """
     train = load(dataset_name, train_split, ask)
     if test_split is None:
@@ -73,7 +74,7 @@ def read_splits(
         others = [split for split in others if split in found and split != train_split]
         test_split = next(iter(others), None)
     if test_split and test_share is not None:
-        raise ValueError(
+        raise UserError(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
         )
     if test_split:
@@ -85,7 +86,7 @@ def read_splits(
 
 
 def splits(dataset_name: str) -> list[str]:
-    """Names of the splits. Raises ValueError if the data set does not exist."""
+    """Names of the splits. Raises UserError if the data set does not exist."""
     kind, parts = look(dataset_name)
     if kind == "hub":
         import datasets
@@ -97,7 +98,7 @@ def splits(dataset_name: str) -> list[str]:
 def look(dataset_name: str) -> tuple[str, dict]:
     """("demo", "coco", "folders", "tables" or "hub", split -> what holds it): what a name means.
 
-    Of the hub no splits are known. Raises ValueError if it is none of these, or two at once.
+    Of the hub no splits are known. Raises UserError if it is none of these, or two at once.
     """
     path = Path(dataset_name).expanduser()
     if dataset_name in DEMOS:
@@ -108,7 +109,7 @@ def look(dataset_name: str) -> tuple[str, dict]:
         return "tables", virft.find(path)
     annotations, tables = coco.find(path), virft.has_tables(path)
     if annotations and tables and path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
             f"the files, such as {next(iter(annotations.values()))}"
         )
@@ -121,12 +122,12 @@ def look(dataset_name: str) -> tuple[str, dict]:
 def _is_local(path: Path) -> bool:
     """Whether a name means a file or folder and no data set on the hub, which is "owner/name".
 
-    Raises ValueError for what can only be a path and does not exist.
+    Raises UserError for what can only be a path and does not exist.
     """
     if path.exists():
         return True
     if path.is_absolute() or len(path.parts) > 2 or path.suffix in (".json", ".jsonl", ".parquet"):
-        raise ValueError(f"--dataset_name {path}: no such file or folder")
+        raise UserError(f"--dataset_name {path}: no such file or folder")
     return False
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+from data.errors import UserError
 from models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from models.config import QwenVLConfig
 
@@ -19,7 +20,7 @@ def family_of(config: QwenVLConfig) -> ModuleType:
 def read_config(folder: Path) -> QwenVLConfig:
     """The config of the checkpoint in `folder`.
 
-    Raises ValueError if config.json is missing or unreadable, where `model_type` is another
+    Raises UserError if config.json is missing or unreadable, where `model_type` is another
     family's, if a needed key is missing, or if it asks for what this model does not do.
     """
     path = Path(folder) / "config.json"
@@ -32,24 +33,24 @@ def read_config(folder: Path) -> QwenVLConfig:
                 "an adapter, not a model: name its base as --model_name_or_path and this folder as "
             )
             what += "--adapter_name_or_path, with --use_peft"
-        raise ValueError(f"{folder}: {what}") from None
+        raise UserError(f"{folder}: {what}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: holds no JSON object")
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict, where: str) -> QwenVLConfig:
-    """`raw` as a QwenVLConfig; `where` opens each message. Raises ValueError as `read_config`."""
+    """`raw` as a QwenVLConfig; `where` opens each message. Raises UserError as `read_config`."""
     found = raw.get("model_type")
     if found not in FAMILIES:
         why = f": {REFUSED[found]}" if found in REFUSED else ""
         known = ", ".join(map(repr, FAMILIES))
-        raise ValueError(f"{where}: model_type is {found!r}{why}; this trainer knows {known}")
+        raise UserError(f"{where}: model_type is {found!r}{why}; this trainer knows {known}")
     if kind := raw.get("quantization_config"):
         method = kind.get("quant_method", "quantized") if isinstance(kind, dict) else kind
-        raise ValueError(
+        raise UserError(
             f"{where}: the weights are quantized ({method}), and cannot be trained here; take "
             f"the checkpoint in bfloat16"
         )

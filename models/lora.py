@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.errors import UserError
 from models.families import module_name, parameter_name
 from models.four_bit import FourBitLinear
 
@@ -49,7 +50,7 @@ class LoRA:
         return any(target.startswith("visual.") for target in self.targets)
 
     def layers(self, model: nn.Module) -> list[str]:
-        """Names of the layers that get an adapter. Raises ValueError for a target without one."""
+        """Names of the layers that get an adapter. Raises UserError for a target without one."""
         modules = model.named_modules()  # the head works on chunks, outside of forward
         linear = [n for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"]
         chosen = set()
@@ -62,7 +63,7 @@ class LoRA:
                     {n.split(".")[-1] for n in linear if n.startswith("model.layers.")}
                 )
                 tower = sorted({n.split(".")[-1] for n in linear if n.startswith("visual.blocks.")})
-                raise ValueError(
+                raise UserError(
                     f"no linear layer {target} for an adapter. There are "
                     f"{', '.join(decoder)} in the decoder and "
                     f"{', '.join(f'visual.{name}' for name in tower)} in the vision tower"
@@ -101,7 +102,7 @@ class LoRAFourBitLinear(LoRALinear, FourBitLinear):
 def add_adapters(model: nn.Module, lora: LoRA) -> None:
     """Gives the model's layers their adapters, uninitialized, and freezes all else.
 
-    Raises ValueError as `LoRA.layers`.
+    Raises UserError as `LoRA.layers`.
     """
     for name in lora.layers(model):
         parent, _, last = name.rpartition(".")
@@ -170,7 +171,7 @@ def settings(lora: LoRA, model: nn.Module) -> dict:
 def read_adapter(folder: Path) -> LoRA:
     """What an adapter folder of peft, or of a run here, holds; its layers by complete name.
 
-    Raises ValueError if the folder has no readable adapter, or one of a kind that is not done here.
+    Raises UserError if the folder has no readable adapter, or one of a kind that is not done here.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -179,10 +180,10 @@ def read_adapter(folder: Path) -> LoRA:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             names = [parameter_name(key) for key in file.keys()]  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}") from error
+        raise UserError(f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}") from error
     refuse_other_kinds(raw, folder)
     if other := [name for name in names if not is_adapter(name)]:
-        raise ValueError(f"{folder / WEIGHTS}: {other[0]} is no LoRA weight of a linear layer")
+        raise UserError(f"{folder / WEIGHTS}: {other[0]} is no LoRA weight of a linear layer")
     layers = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
     base = raw.get("base_model_name_or_path")
     return LoRA(raw["r"], raw["lora_alpha"], layers, bool(raw.get("use_rslora")), base)
@@ -205,21 +206,21 @@ PLAIN |= dict.fromkeys(
 
 
 def refuse_other_kinds(raw, folder: Path) -> None:
-    """Raises ValueError if this adapter_config.json is of another kind than plain LoRA."""
+    """Raises UserError if this adapter_config.json is of another kind than plain LoRA."""
     where = folder / SETTINGS
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: holds no JSON object")
+        raise UserError(f"{where}: holds no JSON object")
     for key, allowed in PLAIN.items():
         if raw.get(key) not in allowed:
-            raise ValueError(f"{where}: {key} = {raw.get(key)!r} is not supported")
+            raise UserError(f"{where}: {key} = {raw.get(key)!r} is not supported")
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = raw.get(key)
         if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{where}: {key} is {value!r}, not a positive number")
+            raise UserError(f"{where}: {key} is {value!r}, not a positive number")
 
 
 def check_fit(folder: Path, model: nn.Module) -> None:
-    """Raises ValueError if the adapter's weights have not the shapes that this model's have; reads
+    """Raises UserError if the adapter's weights have not the shapes that this model's have; reads
     headers only."""
     from safetensors import safe_open
 
@@ -228,9 +229,9 @@ def check_fit(folder: Path, model: nn.Module) -> None:
         for key in file.keys():  # noqa: SIM118
             name, found = parameter_name(key), tuple(file.get_slice(key).get_shape())
             if (wanted := missing.pop(name, None)) != found:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {name} has shape {found}, this model needs {wanted}: is it "
                     f"another model's adapter?"
                 )
     if missing:
-        raise ValueError(f"{folder}: {next(iter(missing))} is missing, and {len(missing) - 1} more")
+        raise UserError(f"{folder}: {next(iter(missing))} is missing, and {len(missing) - 1} more")

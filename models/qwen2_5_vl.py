@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
 from models.attention import Bounds
 from models.config import (
     QwenVLConfig,
@@ -27,7 +28,7 @@ KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for th
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
     text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
     vision.allow("hidden_act", "silu")
@@ -49,7 +50,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     )
     vision = config.vision
     if vision.window_size < vision.spatial_merge_size * vision.patch_size:
-        raise ValueError(f"{where}: a window of {vision.window_size} pixels holds no token")
+        raise UserError(f"{where}: a window of {vision.window_size} pixels holds no token")
     return check_sizes(config, where)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
 from models.config import (
     QwenVLConfig,
     Table,
@@ -24,7 +25,7 @@ KEPT_BY_VISION_MLP = 3  # tensors of its inner width that autograd keeps: for th
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
     text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
     vision.allow("hidden_act", "quick_gelu")
@@ -49,10 +50,10 @@ def read(raw: dict, where: str) -> QwenVLConfig:
 
 
 def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
-    """What the decoders of Qwen2-VL and Qwen2.5-VL have in common. Raises ValueError."""
+    """What the decoders of Qwen2-VL and Qwen2.5-VL have in common. Raises UserError."""
     rope, heads = rope_table(raw, where), fields["num_attention_heads"]
     if fields["hidden_size"] % heads:
-        raise ValueError(
+        raise UserError(
             f"{where}: hidden_size {fields['hidden_size']} does not divide into {heads} heads"
         )
     nested = (raw.get("text_config") or {}).get("tie_word_embeddings")

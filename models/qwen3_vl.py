@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.errors import UserError
 from models.config import (
     QwenVLConfig,
     Table,
@@ -25,7 +26,7 @@ KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for th
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
-    """The sizes in `raw`, a config.json of this family. Raises ValueError, its message beginning
+    """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
     text, rope = text_table(raw, where), rope_table(raw, where)
     vision = Table(raw.get("vision_config"), where)
@@ -56,12 +57,12 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     )
     levels, entries = config.vision.deepstack_visual_indexes, config.vision.num_position_embeddings
     if len(levels) >= config.num_hidden_layers:
-        raise ValueError(
+        raise UserError(
             f"{where}: {len(levels)} deepstack_visual_indexes need more than "
             f"{config.num_hidden_layers} decoder layers"
         )
     if round(entries**0.5) ** 2 != entries:
-        raise ValueError(f"{where}: num_position_embeddings is {entries}, not a square")
+        raise UserError(f"{where}: num_position_embeddings is {entries}, not a square")
     return check_sizes(config, where)
 
 

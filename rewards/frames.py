@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from data.errors import UserError
 from rewards.boxes import POSITION, Box, read_boxes, read_grounding, solution_kind
 
 FRAMES = {
@@ -49,7 +50,7 @@ class Frames:
         return self.of(row)[self.answers]
 
     def solution(self, row) -> str:
-        """The row's solution, in that frame. Raises ValueError as `convert_solution`."""
+        """The row's solution, in that frame. Raises UserError as `convert_solution`."""
         frames = self.of(row)
         return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
 
@@ -76,11 +77,11 @@ def choose_frames(config, rows, processor) -> Frames:
     and answers what the solutions do: that is what a data set's own prompts ask for.
 
     Prompts that are made here ask for the frame that rows.asks_in names, and solutions then count
-    pixels. Raises ValueError if --data_frame says otherwise.
+    pixels. Raises UserError if --data_frame says otherwise.
     """
     if rows.asks_in:
         if config.data_frame not in ("auto", "pixels"):
-            raise ValueError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
+            raise UserError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
         return Frames("pixels", rows.asks_in, processor.answers_in, processor.resized)
     data = config.data_frame
     if data == "auto":
@@ -107,7 +108,7 @@ def convert_solution(
     """A solution that counts in the frame `source` as it reads in the frame `target`: each
     coordinate times target / source along its axis, to 9 decimals.
 
-    The same text if the frames are the same or it has no boxes. Raises ValueError as `read_boxes`
+    The same text if the frames are the same or it has no boxes. Raises UserError as `read_boxes`
     and `read_grounding`.
     """
     if source == target:

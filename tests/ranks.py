@@ -17,6 +17,7 @@ import torch
 import grpo.engine.ranks
 import models.load
 import train_cls
+from data.errors import RewardFault, UserError
 from data.load import load
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks, start
@@ -30,7 +31,6 @@ from grpo.engine.shard import (
 )
 from grpo.logps import pack_chunks
 from grpo.pack import filler, make_packs
-from grpo.reward import RewardFault
 from grpo.rollout import Group
 from grpo.run.checkpoint import save_final
 from grpo.run.reporter import Reporter
@@ -109,7 +109,7 @@ def agree(folder: str) -> None:
     """A fault on rank 1 alone is raised on both, and they go on together after it."""
     ranks = start(60)
     said = []
-    for kind in (RewardFault, ValueError):
+    for kind in (RewardFault, UserError):
         try:
             with ranks.agree():
                 if ranks.rank == 1:

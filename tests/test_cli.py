@@ -306,7 +306,9 @@ ENDINGS = [
     ("return 0", 0, "", False),
     ("return 130", 130, "", False),
     ("import json; json.loads('{')", 1, "JSONDecodeError", True),
-    ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 2, "error: ", False),
+    ("from data.errors import UserError; raise UserError('no such flag')", 2, "error: no", False),
+    ("from grpo.loss import per_token_kl; per_token_kl(0, 0, 'k4')", 1, "ValueError", True),
+    ("raise ValueError('what?')", 1, "ValueError", True),
     ("1 / 0", 1, "ZeroDivisionError", True),
     ("from grpo.run.metrics import rollout_metrics as m; m([['ab']])", 1, "Error", True),
     ("raise FloatingPointError('the norm is nan')", 3, "stopped: the norm is nan", False),
@@ -315,8 +317,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize("body, code, shown, is_bug", ENDINGS)
 def test_user_errors_are_told_from_bugs(body, code, shown, is_bug, capsys):
-    """A ValueError raised by the project's code is the user's; one from a library is a bug, and
-    leaves as it is."""
+    """A UserError is a message; everything else leaves as it is, whoever raised it."""
     with pytest.raises(BaseException) as caught:  # noqa: B017, PT011
         exec(RUN.format(body=body), {})
     if is_bug:

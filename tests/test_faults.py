@@ -11,6 +11,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,10 +23,12 @@ import torch
 from safetensors.torch import load_file
 
 import grpo.engine.load
+import grpo.loss
 import grpo.run.checks
 import grpo.run.run
 import train_cls
 from benchmarks.soak import soak
+from data.errors import RewardFault, UserError
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.run import exits, folder
@@ -31,7 +36,7 @@ from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
 from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
 from models.qwen_vl import QwenVL
-from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
+from tests.runs import CHECKPOINT, ROOT, SHORT, read_lines, read_steps, timeless, train
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.slow
@@ -68,7 +73,7 @@ def raises(*_):
 
 
 REWARDS = {
-    "raises": (raises, "KeyError: 'no such class' (test_faults.py, line"),
+    "raises": (raises, "KeyError: 'no such class', for row"),
     "None": (lambda *_: None, "score() returned None, not a dict of rewards"),
     "a list": (lambda *_: [1.0, 1.0], "score() returned [1.0, 1.0], not a dict"),
     "one too few": (lambda *_: {"accuracy": 1.0}, "score() returned ['accuracy'], where ['acc"),
@@ -87,10 +92,13 @@ def test_a_reward_that_fails_is_named_and_the_run_is_kept(
     broken, said = REWARDS[name]
     with monkeypatch.context() as patch, in_phase("reward of step 2") as now:
         patch.setattr(train_cls, "score", lambda *a: (broken if now else score)(*a))
-        assert train_cls.main(["--output_dir", str(run), *LONGER]) == 2
-    out = capsys.readouterr().out
-    assert said in out and re.search(r"for row \d+ and the completion:\n.*<think>", out)
-    assert "ended after step 1 of 3; continue with" in out
+        with pytest.raises(RewardFault) as caught:
+            train_cls.main(["--output_dir", str(run), *LONGER])
+    text = str(caught.value)
+    assert said in text and re.search(r"for row \d+ and the completion:\n.*<think>", text)
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__cause__.__traceback__)]
+    assert "judge" in names and ("raises" in names) == (broken is raises)
+    assert "ended after step 1 of 3; continue with" in capsys.readouterr().out
     resumed = train(run, "--resume_from_checkpoint", "auto")
     assert timeless(resumed) == timeless(read_steps(whole))
 
@@ -100,8 +108,9 @@ def test_a_reward_that_fails_in_an_evaluation_keeps_the_step(tmp_path, monkeypat
     run, score = tmp_path / "run", train_cls.score
     with monkeypatch.context() as patch, in_phase("evaluation of step 3") as now:
         patch.setattr(train_cls, "score", lambda *a: raises() if now else score(*a))
-        assert train_cls.main(["--output_dir", str(run), *LONGER]) == 2
-    assert "KeyError: 'no such class'" in capsys.readouterr().out
+        with pytest.raises(RewardFault, match="KeyError: 'no such class'"):
+            train_cls.main(["--output_dir", str(run), *LONGER])
+    assert "ended after step 3 of 3" in capsys.readouterr().out
     assert (run / "checkpoint-3").is_dir() and not (run / "final").exists()
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert "eval/accuracy" in train(run, "--resume_from_checkpoint", "auto")[-1]
@@ -116,13 +125,52 @@ def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
         grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
     )
     monkeypatch.setattr(train_cls, "score", broken)
-    with pytest.raises(ValueError, match=r"Error: .*for row 0 and the completion:\n<think>"):
+    with pytest.raises(RewardFault, match=r"Error: .*for row 0 and the completion:\n<think>"):
         train(tmp_path / "run", *SHORT)
+
+
+@pytest.mark.parametrize("error", [ValueError("what?"), KeyError("what?")], ids=["Value", "Key"])
+@pytest.mark.parametrize("where", ["policy_loss", "group_advantages", "accuracy_reward"])
+def test_a_researchers_own_error_keeps_its_traceback(tmp_path, monkeypatch, where, error):
+    """It is no user's error, so `run_and_exit` shows it whole (test_cli.py)."""
+    owner = grpo.loss if where == "group_advantages" else train_cls
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(owner, where, broken)
+    monkeypatch.setattr(train_cls, where, broken, raising=False)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011
+        train(tmp_path / "run", *SHORT)
+    assert not isinstance(caught.value, UserError)
+    found = caught.value.__cause__ if where == "accuracy_reward" else caught.value
+    assert found is error
+    names = [frame.name for frame in traceback.extract_tb(found.__traceback__)]
+    assert names[-1] == "broken" and ("train" in names or "score" in names)
+
+
+def test_what_a_shell_sees_of_a_researchers_own_error(tmp_path):
+    code = """if True:
+        import train_cls
+        from grpo.run.exits import run_and_exit
+        true, calls = train_cls.group_advantages, []
+        def edited(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise ValueError("what?")
+            return true(*arguments)
+        train_cls.group_advantages = edited
+        run_and_exit(train_cls.main)"""
+    command = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run"), *SHORT]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 1
+    assert "Traceback" in out.stderr and "in edited" in out.stderr
+    assert out.stderr.rstrip().endswith("ValueError: what?")
 
 
 def test_an_explanation_that_is_missing_is_a_fault_of_the_reward(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cls, "explain", lambda *_: {"format": "none"})
-    with pytest.raises(ValueError, match=r"no line for accuracy .*for row \d+ and the completion"):
+    with pytest.raises(RewardFault, match=r"no line for accuracy, for row \d+ and the completion"):
         train(tmp_path / "run", *SHORT)
 
 
@@ -469,7 +517,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
 def test_a_parameter_without_gradient_is_found_before_the_first_step(tmp_path, monkeypatch):
     encode = QwenVL.encode_images
     monkeypatch.setattr(QwenVL, "encode_images", lambda *a: encode(*a).detach())
-    with pytest.raises(ValueError, match=r"(?s)first step.*visual\..* its gradient is 0"):
+    with pytest.raises(RuntimeError, match=r"(?s)first step.*visual\..* its gradient is 0"):
         train(tmp_path / "run", *SHORT)
 
 
@@ -489,12 +537,12 @@ def test_gradients_of_trainable_and_frozen_parameters_are_told_apart(frozen):
     assert all(p.grad is None for p in model.parameters())
     model.visual.merger.ln_q.weight.requires_grad_(frozen)  # not what the optimizer knows
     if frozen:
-        with pytest.raises(ValueError, match=r"visual\.merger\.ln_q\.weight is frozen and has"):
+        with pytest.raises(RuntimeError, match=r"visual\.merger\.ln_q\.weight is frozen and has"):
             model.visual.merger.ln_q.weight.requires_grad_(False)
             model.visual.merger.ln_q.weight.grad = torch.ones(config.vision.embed_dim)
             check_gradients(model, model, optimizer, *row)
     else:
-        with pytest.raises(ValueError, match=r"visual\.merger\.ln_q\.weight is trainable and its"):
+        with pytest.raises(RuntimeError, match=r"merger\.ln_q\.weight is trainable and its"):
             check_gradients(model, model, optimizer, *row)
 
 
@@ -508,13 +556,13 @@ def test_the_first_update_must_have_ratio_one(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(train_cls, "sample_groups", other)
-    with pytest.raises(ValueError, match=r"differs by 0\.1 nats between sampling and training"):
+    with pytest.raises(RuntimeError, match=r"differs by 0\.1 nats between sampling and training"):
         train(tmp_path / "run", *SHORT)
 
 
 def test_rounding_grows_as_the_temperature_falls():
     check_first_ratio(0.03, torch.float32, 0.5)
-    with pytest.raises(ValueError, match="differs by 0.03 nats .* where 0.02 is rounding"):
+    with pytest.raises(RuntimeError, match="differs by 0.03 nats .* where 0.02 is rounding"):
         check_first_ratio(0.03, torch.float32, 1.3)
 
 
@@ -527,7 +575,7 @@ def test_a_reference_that_changes_is_found(tmp_path, monkeypatch):
         return score(model, *rest)
 
     monkeypatch.setattr(train_cls, "pack_logps", spoiling)
-    with pytest.raises(ValueError, match="reference model's weights have changed"):
+    with pytest.raises(RuntimeError, match="reference model's weights have changed"):
         train(tmp_path / "run", *SHORT)
 
 

@@ -74,7 +74,7 @@ def test_the_loop_fits_a_screen_or_two():
 def test_files_and_functions_stay_short(path):
     """A page that reads well may be longer: then raise the limit, and say why."""
     text = path.read_text()
-    assert len(text.splitlines()) <= 385  # grpo/run/run.py: a run from its start to its end
+    assert len(text.splitlines()) <= 400  # grpo/run/run.py: a run from its start to its end
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name != "train":
             assert node.end_lineno - node.lineno < 95, node.name
@@ -104,21 +104,23 @@ def module_file(name: str) -> Path | None:
 
 KNOWN = set(SOURCES)
 
+ERRORS = "data.errors"  # two classes, which all rooms raise
+
 # room -> the rooms that it may import; the longest name that fits a file is its room
 MAY_IMPORT = {
     "train_cls": ("data", "grpo", "models", "rewards"),
     "train_det": ("data", "grpo", "models", "rewards"),
     "demo": ("demo", "data", "grpo", "models", "rewards"),
     "grpo.run": ("grpo", "models", "data", "rewards.parse"),
-    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.logps", "models"),
-    "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models"),
-    "grpo.engine": ("grpo.engine", "grpo.threads", "models"),
+    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.logps", "models", ERRORS),
+    "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", ERRORS),
+    "grpo.engine": ("grpo.engine", "grpo.threads", "models", ERRORS),
     "grpo.threads": (),
     "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: it runs beside the training
-    "grpo": ("grpo", "models"),
-    "models": ("models",),
+    "grpo": ("grpo", "models", ERRORS),
+    "models": ("models", ERRORS),
     "data": ("data",),
-    "rewards": ("rewards",),
+    "rewards": ("rewards", ERRORS),
 }
 
 

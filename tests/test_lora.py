@@ -388,5 +388,5 @@ def test_ranks_whose_adapters_differ_are_found():
     optimizer = Optimizer(model, 0.0, ranks)
     check_copies(optimizer, ranks)
     ranks.gather = lambda mine: [mine[0], mine[0] + 1]
-    with pytest.raises(ValueError, match="no longer the same on all ranks"):
+    with pytest.raises(RuntimeError, match="no longer the same on all ranks"):
         check_copies(optimizer, ranks)

@@ -241,7 +241,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tm
 
 def test_a_fault_on_one_rank_is_raised_on_all(two):
     gathered = json.loads((two[0] / "agree.json").read_text())
-    assert gathered == [["RewardFault: a fault of rank 1", "ValueError: a fault of rank 1"]] * 2
+    assert gathered == [["RewardFault: a fault of rank 1", "UserError: a fault of rank 1"]] * 2
 
 
 def test_one_rank_shows_the_progress_of_the_image_checks(two):

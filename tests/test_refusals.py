@@ -7,6 +7,7 @@ import pytest
 import grpo.engine.load
 import train_cls
 import train_det
+from data.errors import RewardFault
 from rewards.parse import ideal_completion
 from tests.runs import CHECKPOINT, SHORT, detection_set, train
 
@@ -86,5 +87,5 @@ def test_a_reward_that_is_not_finite_is_named(tmp_path, monkeypatch):
         return {**score(completion, example, *rest), "format": nan}
 
     monkeypatch.setattr(train_cls, "score", broken)
-    with pytest.raises(ValueError, match=r"(?s)'format' is nan.*completion:\n.*<think>"):
+    with pytest.raises(RewardFault, match=r"(?s)'format' is nan.*completion:\n.*<think>"):
         train(tmp_path / "run", *SHORT)

@@ -3,17 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+from data.errors import UserError
 from models.lora import DECODER, LoRA, read_adapter
 
 
 def lora_of(config) -> LoRA | None:
     """The adapters that --use_peft trains; None without it.
 
-    Raises ValueError for an --adapter_name_or_path that cannot be used, and for flags that say
+    Raises UserError for an --adapter_name_or_path that cannot be used, and for flags that say
     otherwise than it does.
     """
     if config.lora_dropout:
-        raise ValueError(
+        raise UserError(
             f"--lora_dropout is {config.lora_dropout}; it must be 0: what is trained would not be "
             f"what was sampled"
         )
@@ -24,7 +25,7 @@ def lora_of(config) -> LoRA | None:
     if folder is None:
         return LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
     if not Path(folder).is_dir():
-        raise ValueError(
+        raise UserError(
             f"--adapter_name_or_path {folder}: no such folder; fetch it from the hub first"
         )
     found = read_adapter(Path(folder))
@@ -33,7 +34,7 @@ def lora_of(config) -> LoRA | None:
         asked, default = getattr(config, name), type(config).__dataclass_fields__[name].default
         # a run's own config.yaml names every flag: a default is no wish
         if name in config.given and asked not in (there, default):
-            raise ValueError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
+            raise UserError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
     return replace(found, base=base)
 
 

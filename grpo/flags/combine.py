@@ -4,6 +4,7 @@ What each flag is, and the values that it takes alone, is in config.py; what the
 table in grpo/loss.py.
 """
 
+from data.errors import UserError
 from grpo.flags.parser import own_flags
 from grpo.loss import COMBINES
 
@@ -21,21 +22,21 @@ OFF_POLICY = {"cispo": "dapo", "sapo": "grpo"}  # where every ratio is 1, the gr
 
 
 def check_loss(config) -> None:
-    """Raises ValueError naming flags of the loss that do not go together."""
+    """Raises UserError naming flags of the loss that do not go together."""
     for name, other, allowed, why in COMBINES:
         value, others = getattr(config, name), getattr(config, other)
         if value != config.__dataclass_fields__[name].default and others not in allowed:
             wanted = " or ".join(map(str, allowed))
-            raise ValueError(f"--{name} {value} needs --{other} {wanted}, not {others}: {why}")
+            raise UserError(f"--{name} {value} needs --{other} {wanted}, not {others}: {why}")
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.loss_type == "cispo" and (config.epsilon_high is None or high <= 1):
-        raise ValueError(
+        raise UserError(
             "--loss_type cispo needs --epsilon_high above 1: here it is the largest ratio "
             "itself (ScaleRL takes 5), not its distance from 1"
             + (f"; it is {high:g}" if config.epsilon_high is not None else "")
         )
     if config.delta is not None and config.delta <= 1 + high:
-        raise ValueError(
+        raise UserError(
             f"--delta {config.delta} is not above 1 + --epsilon_high, {1 + high:g}: it is there "
             "for ratios that --epsilon_high does not clip (INTELLECT-2 takes 4)"
         )
@@ -53,7 +54,7 @@ def unused(config) -> list[str]:
 
 
 def check_effects(config, world: int) -> None:
-    """Raises ValueError naming a flag that was given and has no effect with `world` ranks."""
+    """Raises UserError naming a flag that was given and has no effect with `world` ranks."""
     adapters = "it is for --use_peft"
     still = config.num_iterations == 1 and "with --num_iterations 1 every ratio is 1"
     unsharded = world == 1 and "with one rank nothing is sharded"
@@ -89,4 +90,4 @@ def check_effects(config, world: int) -> None:
             like = OFF_POLICY.get(getattr(config, name))
             instead = f"take --{name} {like}" if like else "leave it out"
             more = "take 2 or more, or " if why is still else ""
-            raise ValueError(f"--{name} has no effect here: {why}; {more}{instead}")
+            raise UserError(f"--{name} has no effect here: {why}; {more}{instead}")

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from data.errors import UserError
 from grpo.report.page import comparison_page, run_page
 from grpo.report.read import read_run
 
@@ -16,7 +17,7 @@ from grpo.report.read import read_run
 def write(folders: list[Path], output: Path | None) -> Path:
     """Writes the page of the runs, whole or not at all. output: its path, None for the usual one.
 
-    Returns the path. Raises ValueError if a folder is no run's or is damaged, or the page cannot
+    Returns the path. Raises UserError if a folder is no run's or is damaged, or the page cannot
     be written.
     """
     runs = [read_run(folder) for folder in folders]
@@ -28,7 +29,7 @@ def write(folders: list[Path], output: Path | None) -> Path:
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, output)
     except OSError as error:
-        raise ValueError(f"{output}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
     return output
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         print(write(arguments.runs, arguments.output))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

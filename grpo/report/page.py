@@ -45,7 +45,7 @@ def _escape(code: int) -> str:
 
 
 def run_page(run: RunRecord) -> str:
-    """The report of one run. Raises ValueError if a file of the run is damaged."""
+    """The report of one run. Raises UserError if a file of the run is damaged."""
     album = Album(run.config, run.ask)
     gallery = Gallery(run, album)
     completions = Completions(run.folder / "completions.jsonl")

@@ -1,7 +1,7 @@
 """What a run's folder holds, read while the run goes on or long after.
 
 A last line that is cut (the run is writing it, or was killed) is left out. Anything else that is no
-line of this trainer is a ValueError that names the file and the line. Nothing here needs the data
+line of this trainer is a UserError that names the file and the line. Nothing here needs the data
 set, and nothing is written.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from data.errors import UserError
 
 _PLACE = re.compile(rb'\{"step": (\d+), "prompt": (\d+), "sample": \d+, ')  # as folder.py writes it
 _KINDS = {  # what stands under a name; a number that was not finite is None
@@ -76,19 +78,19 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The run in `folder`. Raises ValueError if there is none, or a file of it is damaged."""
+    """The run in `folder`. Raises UserError if there is none, or a file of it is damaged."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: not the folder of a run: it has no {name}")
+            raise UserError(f"{folder}: not the folder of a run: it has no {name}")
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder / 'config.yaml'}: cannot be read: {error}") from error
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.yaml'}: holds no `flag: value` lines")
+        raise UserError(f"{folder / 'config.yaml'}: holds no `flag: value` lines")
     lines = read_lines(folder / "metrics.jsonl", ("step",))
     evaluated = [any(name.startswith("eval/") for name in line) for line in lines]
     training = [line for line, held_out in zip(lines, evaluated, strict=True) if not held_out]
@@ -113,13 +115,13 @@ def read_run(folder: Path) -> RunRecord:
 def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
     """The objects of a JSONL file, each with the names `needed`; without a last line that is cut.
 
-    Raises ValueError naming the file and the line for anything else.
+    Raises UserError naming the file and the line for anything else.
     """
     found = []
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         if number == len(lines):  # what comes after the last newline is not written to its end
             break
@@ -131,12 +133,12 @@ def _object(line: bytes, needed: tuple[str, ...], where: str) -> dict:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged, not JSON: {error}") from error
+        raise UserError(f"{where}: damaged, not JSON: {error}") from error
     if not isinstance(value, dict) or any(name not in value for name in needed):
-        raise ValueError(f"{where}: damaged, no object with {', '.join(needed)}")
+        raise UserError(f"{where}: damaged, no object with {', '.join(needed)}")
     for name in needed:
         if not isinstance(value[name], _KINDS[name]):
-            raise ValueError(f"{where}: damaged, {name} is {str(value[name])[:80]!r}")
+            raise UserError(f"{where}: damaged, {name} is {str(value[name])[:80]!r}")
     return value
 
 
@@ -156,12 +158,12 @@ def _read_about(path: Path) -> dict:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
     kinds = {"steps": int, "frames": dict | None}
     if not isinstance(about, dict) or any(
         not isinstance(about.get(name), kind) for name, kind in kinds.items()
     ):
-        raise ValueError(f"{path}: damaged, no object with {', '.join(kinds)}")
+        raise UserError(f"{path}: damaged, no object with {', '.join(kinds)}")
     return about
 
 
@@ -198,7 +200,7 @@ class Completions:
                     return
                 found = _PLACE.match(line)
                 if not found:
-                    raise ValueError(f"{self.path}, line {number}: damaged, not a completion")
+                    raise UserError(f"{self.path}, line {number}: damaged, not a completion")
                 yield (int(found[1]), int(found[2])), start, start + len(line)
                 start += len(line)
 
@@ -208,7 +210,7 @@ class Completions:
         return list(self._places)
 
     def group(self, place: tuple[int, int]) -> list[dict]:
-        """The completions of a group. Raises ValueError for a damaged line."""
+        """The completions of a group. Raises UserError for a damaged line."""
         start, end = self._places[place]
         with self.path.open("rb") as file:
             file.seek(start)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.errors import UserError
 from data.images import open_image
 from grpo.reward import Record
 
@@ -34,7 +35,7 @@ def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) ->
     try:
         image = open_image(row.images[0])
         image.thumbnail((SIDE, SIDE))
-    except ValueError:  # it was there when the prompt was encoded: a table is no reason to stop
+    except UserError:  # it was there when the prompt was encoded: a table is no reason to stop
         image = None
     columns = ["truth", "completion", *records[0].rewards, "reward", "advantage"]
     rows = [
@@ -147,10 +148,10 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises ValueError naming the first of --report_to whose package is not installed."""
+    """Raises UserError naming the first of --report_to whose package is not installed."""
     for name in names:
         if name != "none" and importlib.util.find_spec(TRACKERS[name].package) is None:
-            raise ValueError(f"--report_to {name}: pip install {name}")
+            raise UserError(f"--report_to {name}: pip install {name}")
 
 
 def open_trackers(

@@ -1,0 +1,17 @@
+"""The errors of a run that have a meaning of their own; every other one is a bug and looks so."""
+
+
+class UserError(ValueError):
+    """What a user can mend: a flag, a file, a row, a model folder.
+
+    Its text says what is wrong, where, what was found and what to do. A run ends with that text and
+    exit code 2 (grpo/run/exits.py). Every other exception keeps its traceback: it is a bug, or a
+    researcher's own edit.
+    """
+
+
+class RewardFault(Exception):
+    """A reward failed: the error, the row and the completion. Its cause is the error itself.
+
+    The run saves what it has trained and ends with the traceback.
+    """
