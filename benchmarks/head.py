@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo.logps import token_chunks, token_logps
+from grpo.engine.head import token_chunks, token_logps
 
 
 def token(inputs, entropy: float) -> None:

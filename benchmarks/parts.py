@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.material import PROBLEM, make_checkpoint, make_images
 from benchmarks.step import GROUP, PROMPTS
 from data.images import open_image
+from grpo.engine.head import token_chunks, token_logps
 from grpo.engine.optimizer import Optimizer
-from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
+from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import sample_groups
 from models.decoding.cache import KVCache, Layout

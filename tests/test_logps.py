@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.engine.head import token_chunks, token_logps
 from grpo.engine.ranks import Ranks
-from grpo.logps import keep_top_entropy, pack_chunks, pack_logps, token_chunks, token_logps
+from grpo.logps import keep_top_entropy, pack_chunks, pack_logps
 from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.pack import filler, make_packs
 from grpo.rollout import sample_groups, uniform_numbers

@@ -9,8 +9,9 @@ import torch
 
 import train_cls
 from benchmarks.memory import parameters, peak, published
+from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
-from grpo.logps import chunk_tokens, pack_logps
+from grpo.logps import pack_logps
 from grpo.pack import make_packs
 from grpo.plan.advice import USABLE, advise
 from grpo.plan.memory import estimate_memory, peak_gb

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from grpo.engine.adamw import MOMENT_BYTES, NUMBERS
 from grpo.engine.adapters import vision_is_frozen
+from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
-from grpo.logps import chunk_tokens
 from grpo.plan.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
 from models.config import QwenVLConfig
 from models.decoding.generate import PREFILL, few_lengths
