@@ -121,7 +121,9 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
     groups = make_groups(config, image_tokens, completion)
     prompts = [group.prompt for group in groups]
     ones = torch.ones(len(groups), GROUP)
-    packs = make_packs(groups, limit, (ones, ones))
+    for group, line in zip(groups, ones, strict=True):
+        group.advantages = group.weights = line
+    packs = make_packs(groups, limit)
     tokens, lengths = len(packs[0].targets), [len(prompt) for prompt in prompts]
     ids = torch.cat([prompt.input_ids for prompt in prompts]).to(device)
     positions = torch.cat([prompt.position_ids for prompt in prompts], 1).to(device)

@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from types import SimpleNamespace
+
 from benchmarks.material import PROBLEM, make_checkpoint, make_images
 from benchmarks.step import GROUP, PROMPTS
 from data.images import open_image
@@ -32,7 +34,7 @@ from grpo.engine.head import token_chunks, token_logps
 from grpo.engine.optimizer import Optimizer
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
-from grpo.rollout import sample_groups
+from grpo.rollout import Draw, sample_groups
 from models.decoding.cache import KVCache, Layout
 from models.decoding.draw import Sampling, sample
 from models.decoding.generate import head as head_logits
@@ -103,10 +105,13 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     never = (*processor.suppressed_ids, *processor.stop_ids)
     model.suppressed_ids = torch.tensor(never)
     sampling = Sampling(options.completion, num_generations=options.group)
-    groups = sample_groups(model, prompts, sampling, 0, 1, range(PROMPTS))
-    ones = torch.ones(PROMPTS, options.group)
-    (pack,) = make_packs(groups, 10**9, (ones, ones))
-    (half,) = make_packs(groups[: PROMPTS // 2], 10**9, (ones, ones))
+    rows = [SimpleNamespace(prompt=lambda _, prompt=prompt: prompt) for prompt in prompts]
+    drawn = [Draw(number, row) for number, row in enumerate(rows)]
+    groups = sample_groups(model, drawn, processor, sampling, 0, 1)
+    for group in groups:
+        group.advantages = group.weights = torch.ones(options.group)
+    (pack,) = make_packs(groups, 10**9)
+    (half,) = make_packs(groups[: PROMPTS // 2], 10**9)
     head = (1.0, model.suppressed_ids)  # temperature, and what is never sampled
     samples = PROMPTS * options.group
     uniforms = torch.rand(samples, dtype=torch.float64)

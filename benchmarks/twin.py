@@ -8,9 +8,10 @@ import itertools
 import grpo.threads  # noqa: F401  before torch
 
 # isort: split
+from dataclasses import replace
+
 import torch
 
-from data.check import load_splits
 from grpo.engine.optimizer import Optimizer, learning_rate
 from grpo.engine.ranks import start
 from grpo.flags.parser import parse_config
@@ -19,13 +20,11 @@ from grpo.loss import group_advantages, policy_loss, token_weights
 from grpo.pack import make_packs
 from grpo.rollout import Group
 from grpo.run.checks import named_weights
+from grpo.run.data import load_data
 from grpo.run.metrics import held_out_metrics
 from grpo.tally import Tally
-from models.decoding.generate import Sampling
 from models.families import parameter_name
-from models.load import find_folder, load_model
-from models.processor import Processor
-from rewards.parse import ideal_completion
+from models.load import load_model
 
 
 class Twin:
@@ -41,14 +40,14 @@ class Twin:
         self.script = importlib.import_module(script)
         self.config, _ = parse_config(self.script.Config, argv, self.script.DEMO)
         self.ranks = start(self.config.timeout)
-        self.folder = find_folder(self.config.model_name_or_path)
-        pixels = self.config.min_pixels, self.config.max_pixels
-        self.processor = Processor(self.folder, *pixels)
-        self.rows, held_out = load_splits(self.config, self.processor, self.ranks.progress)
-        self.task = self.script.read_task(self.config, (self.rows, held_out), self.processor, argv)
-        self.held_out = held_out.first(self.config.eval_samples)
-        terms = self.score(ideal_completion(self.task.solution(self.rows[0])), 0)
-        self.weights = named_weights(terms, self.config)
+        self.data = load_data(self.config, self.ranks)
+        self.folder, self.rows = self.data.folder, self.data.rows
+        self.processor, task = (
+            self.data.processor,
+            self.script.read_task(self.config, self.data, argv),
+        )
+        weights = named_weights(self.script.score, self.rows[0], task, self.config)
+        self.task = replace(task, weights=weights)
         self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
         self.model.frozen_vision = self.reference.frozen_vision = False
         self.optimizer = Optimizer(self.model, self.config.weight_decay)
@@ -79,9 +78,7 @@ class Twin:
         """eval/<term> and so on of the peer's model."""
         self.take(peer)
         self.model.suppressed_ids = torch.tensor(self.processor.suppressed_ids)
-        sampling = Sampling.of(self.config, self.processor.stop_ids)
-        rest = (self.held_out, sampling, self.processor, self.task, self.weights)
-        self.script.evaluate(self, self.model, *rest)
+        self.script.evaluate(self, self.task, self.model, self.data)
         return self.found
 
     def check_inputs(self) -> None:
@@ -118,26 +115,28 @@ class Twin:
         Nothing is suppressed here: the peer's log-probs know all tokens."""
         config, ids = self.config, self.latest["ids"]
         pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
-        earned = [[self.weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
+        weights = self.task.weights
+        earned = [[weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
         shape, groups = (-1, config.num_generations), []
         for first in range(0, len(ids), config.num_generations):
             prompt = self.rows[self.latest["rows"][first]].prompt(self.processor)
             some = ids[first : first + config.num_generations]
-            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some], []))
+            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some]))
         rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(shape)
         advantages = group_advantages(rewards, config.scale_rewards)
         lengths = torch.tensor([len(one) for one in ids]).view(shape)
         weights = token_weights(lengths, config.loss_type, config.max_completion_length)
+        for group, earned, weight in zip(groups, advantages, weights, strict=True):
+            group.advantages, group.weights = earned, weight
         self.model.suppressed_ids, tally = None, Tally(config)
-        for pack in make_packs(groups, config.tokens_per_pack, [advantages, weights]):
+        for pack in make_packs(groups, config.tokens_per_pack):
             with torch.no_grad():
-                pack.ref_logps = pack_logps(self.reference, pack, config.temperature)
+                pack.store("ref_logps", pack_logps(self.reference, pack, config.temperature))
             for tokens in pack_chunks(self.model, pack, config.temperature):
                 loss, stats = policy_loss(tokens, config)
                 loss.backward()
                 tally.add(pack, tokens, loss, stats)
-        tally.updates = 1
-        found = tally.metrics(self.ranks, [])
         rate = learning_rate(config, step, config.max_steps)
-        found["grad_norm"] = self.optimizer.step(rate, config.max_grad_norm)
+        tally.updates, tally.grad_norm = 1, self.optimizer.step(rate, config.max_grad_norm)
+        found = tally.metrics(self.ranks)
         return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}

@@ -90,7 +90,7 @@ def uneven_packs(config) -> list[list]:
     packs = []
     for rank, prompts in enumerate(shapes):
         groups = [
-            Group(tiny_prompt(config, grids, seed=rank + i), [[5, 6, 7], [8] * (i + 1)], [], [])
+            Group(tiny_prompt(config, grids, seed=rank + i), [[5, 6, 7], [8] * (i + 1)])
             for i, grids in enumerate(prompts)
         ]
         packs.append(make_packs(groups, 40))

@@ -17,6 +17,7 @@ import train_cls
 from benchmarks.material import PROCESSORS
 from data.flowers import rows
 from grpo.reward import Record
+from grpo.rollout import Group
 from models.families import parse_config
 from models.load import load_model, save_model
 from models.processor import Processor
@@ -109,13 +110,18 @@ class Checked(list):
         return list(self)
 
 
-def said(rows, texts: list[str]) -> SimpleNamespace:
-    """A rollout in which each row got one completion."""
-    records = [
-        [Record(row.index, "", None, text, {}, {}, 0.0, 1, False)]
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return SimpleNamespace(rows=rows, records=records)
+def data_of(*splits, processor=None) -> SimpleNamespace:
+    """What `read_task` looks at."""
+    return SimpleNamespace(splits=splits, processor=processor)
+
+
+def said(rows, texts: list[str]) -> list[Group]:
+    """Groups of one completion, one for each row."""
+    groups = []
+    for row, text in zip(rows, texts, strict=True):
+        record = Record(row.index, "", None, text, {}, {}, 0.0, 1, False)
+        groups.append(Group(None, [[0]], row=row, records=[record]))
+    return groups
 
 
 def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:

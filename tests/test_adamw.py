@@ -278,10 +278,9 @@ def test_the_flags_reach_models_and_optimizer():
     flags = {"model_name_or_path": "m", "dataset_name": "d", "seed": 7, "optim": "adamw_8bit"}
     for offload in (False, True):
         config = train_cls.Config(**flags, cpu_offload=offload, weight_decay=0.25)
-        run = SimpleNamespace(
-            config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa", cuda_graphs=False
-        )
-        policy, sampler, reference, optimizer = load_models(run, CHECKPOINT, [])
+        run = SimpleNamespace(config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa")
+        data = SimpleNamespace(folder=CHECKPOINT, processor=SimpleNamespace(suppressed_ids=[]))
+        policy, sampler, reference, optimizer = load_models(run, data, cuda_graphs=False)
         assert (optimizer.light.seed, optimizer.light.weight_decay) == (7, 0.25)
         assert optimizer.device == (CPU if offload else None)
         assert (reference._on_cpu is not None) == offload

@@ -57,7 +57,7 @@ def test_each_change_does_on_the_demo_what_the_page_says(changed, tmp_path, monk
     script = module(folder, "train_cls.py")
     script.DEMO = train_cls.DEMO
     loss = module(folder, "grpo/loss.py")
-    monkeypatch.setattr(script, "group_advantages", loss.group_advantages)
+    monkeypatch.setattr(script, "step_advantages", loss.step_advantages)
     monkeypatch.setattr(script, "policy_loss", loss.policy_loss)
     steps = train(tmp_path / "run", *SHORT, *flags, script=script)
     completions = read_lines(tmp_path / "run" / "completions.jsonl")

@@ -20,6 +20,7 @@ from tests.runs import (
     SHARED,
     SHORT,
     Checked,
+    data_of,
     read_steps,
     said,
     save_turned,
@@ -70,9 +71,11 @@ def test_average_precision_in_pixels_and_thousandths(tmp_path):
     results = perfect_records(examples, "thousandths", ["ace"])
     assert results[0]["bbox"] == pytest.approx([9, 4, 63, 34])
     config = train_det.Config(dataset_name="d")
-    assert train_det.read_task(config, [examples], PROCESSOR, []).frames.answers == "thousandths"
+    task = train_det.read_task(config, data_of(examples, processor=PROCESSOR), [])
+    assert task.frames.answers == "thousandths"
     far = replace(examples[0], solution=examples[0].solution.replace("240", "1240"))
-    assert train_det.read_task(config, [Checked([far])], PROCESSOR, []).frames.answers == "pixels"
+    task = train_det.read_task(config, data_of(Checked([far]), processor=PROCESSOR), [])
+    assert task.frames.answers == "pixels"
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

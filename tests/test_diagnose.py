@@ -1,6 +1,7 @@
 """Flat rewards: the metrics of a step, and the findings of a run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,16 @@ def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES):
 
 
 def step_metrics(rows, weights=WEIGHTS, failures=FAILURES):
-    return Watch(1, weights=weights, failures=failures).metrics(rows)
+    return Watch(1, weights=weights, failures=failures).metrics(groups(rows))
+
+
+def groups(rows):
+    """Groups with these records, as far as a Watch looks at them."""
+    return [SimpleNamespace(records=records) for records in rows]
+
+
+def look(watch, step, rows, hints=()):
+    return watch.look(step, groups(rows), lambda groups, task: hints, None)
 
 
 def lively(**more):
@@ -51,12 +61,7 @@ def lively(**more):
 
 def watched(watch, steps, hints=()):
     """What is said at each step, from step 1 on: a list of {name: text}."""
-    said = []
-    for step, rows in enumerate(steps, 1):
-        found = watch.update(step, rows)
-        said.append(watch.explain(found, rows, hints))
-        assert sorted(said[-1]) == found
-    return said
+    return [look(watch, step, rows, hints) for step, rows in enumerate(steps, 1)]
 
 
 # ---- one step's metrics -------------------------------------------------------------------------
@@ -255,7 +260,7 @@ def test_memory_is_bounded_however_long_the_run():
     for step in range(1, 13):
         names = [f"{step}-{i} " + "x" * 5000 for i in range(KEPT + 50)]
         row = [record(answer=n, truth=n, completion=n, why=n) for n in names]
-        watch.update(step, [row])
+        look(watch, step, [row])
         sizes.append(len(json.dumps(watch.state())))
     assert sizes[2] > sizes[0] and max(sizes[3:]) < sizes[2] * 1.1
     for past in watch.state()["window"]:
@@ -273,5 +278,5 @@ def test_a_resumed_run_says_the_same(stop):
     said = watched(first, steps[:stop])
     second = Watch(4, json.loads(json.dumps(first.state())), ADVICE)
     for number, rows in enumerate(steps[stop:], stop + 1):
-        said.append(second.explain(second.update(number, rows), rows))
+        said.append(look(second, number, rows))
     assert said == whole and sum(map(len, whole)) == 3

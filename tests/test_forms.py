@@ -27,7 +27,7 @@ from models.processor import Processor
 from rewards.cls import normalize
 from rewards.coco import average_precision
 from tests.forms import chats, class_folders, coco_file
-from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, read_lines, train
+from tests.runs import CHECKPOINT, SHARED, SHORT, Checked, data_of, read_lines, train
 
 DETECTION = CHECKPOINT.parent.parent / "demo_det" / "checkpoint"
 
@@ -391,9 +391,8 @@ def test_what_annotations_cannot_be(tmp_path):
     rows = load(str(file), "train")
     assert rows[0].solution.count("Position") == 2
     assert "1 boxes are there twice, and are asked for once" in rows.said
-    task = train_det.read_task(
-        train_det.Config(dataset_name="d"), [Checked(rows)], Processor(DETECTION), []
-    )
+    data = data_of(Checked(rows), processor=Processor(DETECTION))
+    task = train_det.read_task(train_det.Config(dataset_name="d"), data, [])
     answers = ["[{'Position': [100, 100, 350, 300], 'Confidence': 0.9}]"] * len(rows)
     assert average_precision(answers, rows, task.frames)[0]["eval/AP50"] >= 0
 
@@ -439,7 +438,8 @@ def test_results_go_straight_into_anyone_s_cocoeval(tmp_path, held_out):
     parts = splits_of(tmp_path, train_det, **flags)
     rows = parts[held_out]
     config = train_det.Config(dataset_name=str(tmp_path), **flags)
-    task = train_det.read_task(config, parts, Processor(DETECTION), [])
+    data = data_of(*parts, processor=Processor(DETECTION))
+    task = train_det.read_task(config, data, [])
     assert (task.frames.solutions, task.frames.answers) == ("pixels", "thousandths")
     found, results = average_precision(answers_by_chance(rows, task.frames), rows, task.frames)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -98,7 +98,7 @@ def test_sampling_and_training_are_those_of_the_unpacked_weights(family, tmp_pat
     torch.manual_seed(2)
     others = groups_of(plain, 4)
     assert [g.completion_ids for g in groups] == [g.completion_ids for g in others]
-    (pack,) = make_packs(groups, 10**9, (torch.ones(3, 4), torch.ones(3, 4)))
+    (pack,) = make_packs(groups, 10**9)
     sampled = torch.cat([logp for group in groups for logp in group.sampling_logps])
     with torch.no_grad():
         torch.testing.assert_close(pack_logps(model, pack, 1.0), sampled, atol=1e-4, rtol=1e-4)
@@ -154,10 +154,9 @@ def test_the_flag_reaches_the_model():
     flags = {"model_name_or_path": "m", "dataset_name": "d", "use_peft": True}
     for four_bit in (False, True):
         config = train_cls.Config(**flags, load_in_4bit=four_bit, lora_target_modules=["q_proj"])
-        run = SimpleNamespace(
-            config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa", cuda_graphs=False
-        )
-        policy, sampler, reference, _ = load_models(run, CHECKPOINT, [])
+        run = SimpleNamespace(config=config, ranks=ALONE, dtype=torch.bfloat16, kernel="sdpa")
+        data = SimpleNamespace(folder=CHECKPOINT, processor=SimpleNamespace(suppressed_ids=[]))
+        policy, sampler, reference, _ = load_models(run, data, cuda_graphs=False)
         assert policy is sampler is reference
         layers = policy.config.num_hidden_layers
         assert len(four_bit_layers(policy)) == (7 * layers if four_bit else 0)

@@ -13,7 +13,7 @@ from models.processor import Processor
 from rewards.boxes import read_boxes, read_grounding
 from rewards.coco import average_precision
 from rewards.frames import FRAMES, Frames, convert_solution, guess_frame
-from tests.runs import CHECKPOINT, SHORT, Checked, read_lines, said, save_turned
+from tests.runs import CHECKPOINT, SHORT, Checked, data_of, read_lines, said, save_turned
 
 MAX_PIXELS = 100 * 28 * 28
 # By hand: an upright image's (width, height); at 100 tokens of 28 x 28 at most the model sees it at
@@ -116,7 +116,7 @@ def test_the_frame_of_solutions_is_guessed_from_their_coordinates_alone():
 
 def task_of(row, processor, **flags) -> train_det.Task:
     config = train_det.Config(dataset_name="d", **flags)
-    return train_det.read_task(config, (Checked([row]), []), processor, [])
+    return train_det.read_task(config, data_of(Checked([row]), [], processor=processor), [])
 
 
 @pytest.mark.parametrize("data_frame", FRAMES)

@@ -56,9 +56,11 @@ def test_shuffled_rewards_teach_nothing(tmp_path, monkeypatch):
     true_judge, pool, chance = train_cls.judge, [], random.Random(1)
 
     def shuffled(*arguments):
-        judged = true_judge(*arguments)
-        pool.extend(record.reward for group in judged for record in group)
-        return [[replace(r, reward=chance.choice(pool)) for r in group] for group in judged]
+        groups, *_ = arguments
+        true_judge(*arguments)
+        pool.extend(record.reward for group in groups for record in group.records)
+        for group in groups:
+            group.records = [replace(r, reward=chance.choice(pool)) for r in group.records]
 
     monkeypatch.setattr(train_cls, "judge", shuffled)
     lines = train(tmp_path / "run", "--max_steps", "25", "--eval_samples", "96")

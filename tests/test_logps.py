@@ -15,7 +15,16 @@ from grpo.pack import filler, make_packs
 from grpo.rollout import sample_groups, uniform_numbers
 from models.decoding.draw import Sampling
 from models.qwen_vl import image_features, with_image_features
-from tests.tiny import IMAGE, loss_flags, loss_tokens, tiny_config, tiny_model, tiny_prompt
+from tests.tiny import (
+    IMAGE,
+    drawn,
+    loss_flags,
+    loss_tokens,
+    tiny_config,
+    tiny_model,
+    tiny_prompt,
+    weighed,
+)
 
 SUPPRESSED = torch.tensor((IMAGE, 57, 58, 60, 61, 62, 63))
 STOP = (3, 7, 11, 15, 20, 25, 31, 36, 40, 44)
@@ -149,7 +158,7 @@ def rollout(model, group=4, seed=0):
     model.suppressed_ids = SUPPRESSED
     sampling = replace(SAMPLING, num_generations=group)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
-    return sample_groups(model, prompts, sampling, seed, 1, range(len(prompts)))
+    return sample_groups(model, drawn(prompts), None, sampling, seed, 1)
 
 
 def table(groups):
@@ -164,9 +173,9 @@ def packed_gradient(model, groups, tokens_per_pack, reference=None, chunk=7, **f
     config = loss_flags(beta=0.1 if reference is not None else 0.0, **flags)
     lengths, advantages = table(groups)
     weights = token_weights(lengths, config.loss_type, SAMPLING.max_completion_length)
-    total, packs = 0.0, make_packs(groups, tokens_per_pack, (advantages, weights))
+    total, packs = 0.0, make_packs(weighed(groups, advantages, weights), tokens_per_pack)
     for pack in packs:
-        pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
+        pack.advantages, pack.weights = pack.per_token("advantages"), pack.per_token("weights")
         assert pack.advantages.dtype == torch.float64, "make_packs rounds to float32"
         pack.old_logps = old_logps(pack) if flags else None
         if reference is not None:
@@ -271,12 +280,12 @@ def test_any_split_into_packs_gives_the_same_gradient(case):
 def test_packs_hold_every_completion_once_and_keep_to_the_limit(tokens_per_pack):
     groups = rollout(tiny_model(tiny_config()))
     packs = make_packs(groups, tokens_per_pack)
-    held = [place for pack in packs for place in pack.completions]
-    assert held == [(g, i) for g in range(len(groups)) for i in range(4)]
+    held = [completion for pack in packs for completion in pack.completions]
+    assert held == [(group, i) for group in groups for i in range(4)]
     for pack in packs:
         assert len(pack.input_ids) <= tokens_per_pack or len(pack.completions) == 1
         assert pack.input_ids[pack.predicts + 1].shape == pack.targets.shape
-        expected = [t for g, i in pack.completions for t in groups[g].completion_ids[i]]
+        expected = [t for group, i in pack.completions for t in group.completion_ids[i]]
         assert pack.targets.tolist() == expected
 
 
@@ -284,7 +293,7 @@ def test_sampled_log_probs_equal_training_log_probs():
     model = tiny_model(tiny_config())
     groups = rollout(model)
     table = torch.zeros(len(groups), 4)
-    for pack in make_packs(groups, 80, (table, table)):
+    for pack in make_packs(weighed(groups, table, table), 80):
         logps = pack_logps(model, pack, SAMPLING.temperature)
         torch.testing.assert_close(logps.float(), pack.sampling_logps, atol=1e-5, rtol=1e-5)
 
@@ -334,14 +343,12 @@ def test_groups_do_not_depend_on_which_prompts_share_a_rank():
     model = tiny_model(tiny_config())
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(PROMPTS)]
     sampling = replace(SAMPLING, num_generations=3)
-    whole = sample_groups(model, prompts, sampling, 0, 1, range(4))
-    shared = [
-        sample_groups(model, prompts[rank::2], sampling, 0, 1, range(4)[rank::2])
-        for rank in range(2)
-    ]
+    rows = drawn(prompts)
+    whole = sample_groups(model, rows, None, sampling, 0, 1)
+    shared = [sample_groups(model, rows[rank::2], None, sampling, 0, 1) for rank in range(2)]
     for place, group in enumerate(whole):
         assert group.completion_ids == shared[place % 2][place // 2].completion_ids
-    assert sample_groups(model, [], sampling, 0, 1, []) == []
+    assert sample_groups(model, [], None, sampling, 0, 1) == []
 
 
 def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_time():
@@ -349,7 +356,7 @@ def test_one_pass_forms_no_tokens_by_vocabulary_tensor_and_wants_backward_in_tim
     model = tiny_model(config, torch.float32)
     groups = rollout(model)
     lengths, advantages = table(groups)
-    pack = make_packs(groups, 10_000, (advantages, advantages))[0]
+    pack = make_packs(weighed(groups, advantages, advantages), 10_000)[0]
     tokens, chunk = len(pack.targets), 5
     assert tokens > 20 * chunk
     with LargestTensor() as largest:
@@ -379,8 +386,8 @@ def test_one_pass_leaves_frozen_weights_alone(frozen):
     model.zero_grad(set_to_none=True)
     lengths, advantages = table(groups)
     weights = token_weights(lengths, "dapo", SAMPLING.max_completion_length)
-    (pack,) = make_packs(groups, 10_000, (advantages, weights))
-    pack.advantages, pack.weights = pack.per_token(advantages), pack.per_token(weights)
+    (pack,) = make_packs(weighed(groups, advantages, weights), 10_000)
+    pack.advantages, pack.weights = pack.per_token("advantages"), pack.per_token("weights")
     for tokens in pack_chunks(model, pack, SAMPLING.temperature):
         loss, _ = policy_loss(tokens, loss_flags())
         loss.backward()
@@ -426,7 +433,7 @@ def test_the_tokens_of_highest_entropy_are_the_whole_steps():
     config.temperature, config.top_entropy_quantile = SAMPLING.temperature, 0.2
     entropies, counted, kept = [], [], []
     for tokens_per_pack in (10_000, 60, 1):
-        packs = make_packs(groups, tokens_per_pack, (advantages, weights)) + [filler()]
+        packs = make_packs(weighed(groups, advantages, weights), tokens_per_pack) + [filler()]
         keep_top_entropy(model, packs, config, Ranks(0, 1, torch.device("cpu")))
         kept.append(torch.cat([pack.kept for pack in packs]))
     for pack in packs:
@@ -485,7 +492,7 @@ def test_tokens_that_are_left_out_have_no_gradient_from_any_pack_or_chunk():
     found = []
     for by_hand in (False, True):
         model.zero_grad()
-        packs = make_packs(groups, 60, (advantages, weights))
+        packs = make_packs(weighed(groups, advantages, weights), 60)
         keep_top_entropy(model, packs, config, Ranks(0, 1, torch.device("cpu")))
         assert len(packs) > 2
         for pack in packs:

@@ -36,7 +36,7 @@ def calls(source: str, first: int = 0) -> list[str]:
 STEPS = [
     "sample_groups",
     "judge",
-    "group_advantages",
+    "step_advantages",
     "token_weights",
     "pack_logps",
     "policy_loss",
@@ -112,7 +112,7 @@ MAY_IMPORT = {
     "train_det": ("data", "grpo", "models", "rewards"),
     "demo": ("demo", "data", "grpo", "models", "rewards"),
     "grpo.run": ("grpo", "models", "data", "rewards.parse"),
-    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "models", ERRORS),
+    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.rollout", "models", ERRORS),
     "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", ERRORS),
     "grpo.engine": ("grpo.engine", "grpo.threads", "models", ERRORS),
     "grpo.threads": (),

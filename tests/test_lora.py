@@ -79,7 +79,7 @@ def test_gradients_equal_autograd_on_the_merged_weight(family, use_rslora):
     model, base = adapted(family, targets, use_rslora=use_rslora)
     model.suppressed_ids = torch.tensor((IMAGE, 57, 58, 60))
     groups = groups_of(model, 4)
-    (pack,) = make_packs(groups, 10**9, (torch.ones(3, 4), torch.ones(3, 4)))
+    (pack,) = make_packs(groups, 10**9)
     sampled = torch.cat([logp for group in groups for logp in group.sampling_logps])
     with torch.no_grad():
         torch.testing.assert_close(pack_logps(model, pack, 1.0).float(), sampled)
@@ -107,7 +107,7 @@ def test_gradients_equal_autograd_on_the_merged_weight(family, use_rslora):
 
     scored = functional_call(Scored(), {f"model.{n}": w for n, w in weights.items()}, ())
     expected = torch.autograd.grad(scored, list(adapters.values()))
-    for part in make_packs(groups, 120, (torch.ones(3, 4), torch.ones(3, 4))):
+    for part in make_packs(groups, 120):
         for tokens in pack_chunks(model, part, 1.0, chunk=7):
             tokens.logps.sum().backward()
     for (name, _), gradient in zip(adapters.items(), expected, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 from grpo.engine.ranks import Ranks
 from grpo.reward import Record
-from grpo.rollout import Rollout, dealing_order
+from grpo.rollout import Group, Rollout, dealing_order
 
 
 def shares(lengths: list[int], world: int) -> list[list[int]]:
@@ -65,26 +65,36 @@ def test_groups_and_records_meet_again_after_dealing(lengths):
         dynamic_sampling=False,
         max_sampling_rounds=1,
         multi_objective_aggregation="sum_then_normalize",
+        scale_rewards="group",
+        advantage_estimator="grpo",
     )
     rollouts = [Rollout(Two(rank, 2, torch.device("cpu")), config, {}) for rank in range(2)]
-    dealt = [rollout.deal(rows, lengths) for rollout in rollouts]
-    judged = [[[record(r.index, 0.0), record(r.index, 1.0)] for r in mine] for _, mine in dealt]
+    dealt = [
+        [
+            Group(f"prompt {row.index}", [], row=row, number=number)
+            for number, row in rollout.deal(rows, lengths)
+        ]
+        for rollout in rollouts
+    ]
     answer = [None] * len(rows)
-    for rank, share in enumerate(judged):
-        answer[rank::2] = share
-    for rollout, (numbers, mine), records in zip(rollouts, dealt, judged, strict=True):
-        assert [10 + number for number in numbers] == [row.index for row in mine]
+    for rank, groups in enumerate(dealt):
+        for group in groups:
+            group.records = [record(group.row.index, 0.0), record(group.row.index, 1.0)]
+        answer[rank::2] = [group.records for group in groups]
+    for rollout, groups in zip(rollouts, dealt, strict=True):
+        assert [10 + group.number for group in groups] == [group.row.index for group in groups]
         rollout.ranks.answer = answer
-        rollout.add([f"group {row.index}" for row in mine], records)
-        assert not rollout.missing and rollout.rows == rows
-        assert [group[0].row for group in rollout.records] == [row.index for row in rows]
-        for group, place in zip(rollout.groups, rollout.places, strict=True):
-            assert group == f"group {rollout.records[place][0].row}"
+        rollout.add(groups)
+        assert not rollout.missing and [group.row for group in rollout.groups] == rows
+        assert [group.records[0].row for group in rollout.groups] == [row.index for row in rows]
         table = torch.arange(len(rows) * 2).view(-1, 2)
-        (part,) = rollout.mine(table)
-        assert part.tolist() == [table[place].tolist() for place in rollout.places]
-    places = [place for rollout in rollouts for place in rollout.places]
-    assert sorted(places) == list(range(len(rows)))
+        mine = rollout.mine(table, 10 * table)
+        assert {id(group) for group in mine} == {id(group) for group in groups}
+        for group in rollout.groups:
+            assert group.advantages.tolist() == table[group.number].tolist()
+            assert group.weights.tolist() == (10 * table[group.number]).tolist()
+    numbers = [group.number for groups in dealt for group in groups]
+    assert sorted(numbers) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +116,13 @@ def test_decoupled_rewards_teach_if_any_that_counts_differs(weights, kept):
     named = dict(zip("ab", weights, strict=True))
     rollout = Rollout(Ranks(0, 1, torch.device("cpu")), config, named)
     rows = [SimpleNamespace(index=i) for i in range(3)]
-    rollout.deal(rows, [1, 1, 1])
-    rollout.add(["g0", "g1", "g2"], judged)
-    assert rollout.groups == [f"g{i}" for i in kept] and rollout.missing == 3 - len(kept)
+    dealt = rollout.deal(rows, [1, 1, 1])
+    rollout.add(
+        [
+            Group("", [], row=row, number=number, records=records)
+            for (number, row), records in zip(dealt, judged, strict=True)
+        ]
+    )
+    assert [group.number for group in rollout.groups] == kept and rollout.missing == 3 - len(kept)
     expected = [[list(map(float, r)) for r in earned[i]] for i in kept]
     assert rollout.terms.tolist() == expected

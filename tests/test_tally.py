@@ -29,7 +29,7 @@ def test_means_are_over_tokens():
     for _ in range(2):
         tally.add(filler(), tokens(torch.tensor([1.0, 2.0, 3.0])), torch.tensor(0.5), stats())
     tally.updates = 1
-    metrics = tally.metrics(ALONE, [])
+    metrics = tally.metrics(ALONE)
     assert metrics["loss"] == 1.0 and metrics["entropy"] == 2.0
     assert metrics["kl"] == 0.5 and metrics["clip_ratio/high_mean"] == 1.0
     assert tally.drift == pytest.approx(0.25) and tally.is_finite()
@@ -41,7 +41,7 @@ def test_a_pack_without_completions_counts_nothing():
     empty = Tokens(0, none, none, none, None, none, none, none)
     tally.add(filler(), empty, torch.tensor(0.0), {name: torch.tensor(0) for name in stats()})
     tally.updates = 1
-    metrics = tally.metrics(ALONE, [])
+    metrics = tally.metrics(ALONE)
     assert metrics["entropy"] == 1.0 and metrics["kl"] == 0.5 and metrics["loss"] == 0.5
 
 
@@ -52,9 +52,14 @@ def test_what_a_loss_counts_is_what_is_logged():
         tally.add(filler(), tokens(torch.ones(3, requires_grad=True)), torch.tensor(0.5), counts)
         tally.updates = 1
         assert not tally.sums["entropy"].requires_grad, "it would keep the pass's memory"
-        metrics = tally.metrics(ALONE, [])
-        assert metrics.keys() - {"loss", "entropy", "sampling/logp_difference_max"} == {*counts}
+        metrics = tally.metrics(ALONE)
+        assert metrics.keys() - {
+            "loss",
+            "grad_norm",
+            "entropy",
+            "sampling/logp_difference_max",
+        } == {*counts}
         assert all(metrics[name] == pytest.approx(1 / 3) for name in counts)
     tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
     tally.updates = 1
-    assert tally.metrics(ALONE, []).keys() == {"loss", "sampling/logp_difference_max"}
+    assert tally.metrics(ALONE).keys() == {"loss", "grad_norm", "sampling/logp_difference_max"}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from grpo.loss import Tokens
+from grpo.rollout import Draw, Group
 from models.config import QwenVLConfig
 from models.families import parse_config
 from models.prompt import Prompt, mrope_position_ids
@@ -119,6 +120,19 @@ def tiny_prompt(
     position_ids, following = mrope_position_ids(ids, grid, config)
     keys = tuple(f"{seed}/{i}" for i in range(len(grids)))
     return Prompt(ids, position_ids, following, pixels, grid, keys)
+
+
+def drawn(prompts: list[Prompt]) -> list[Draw]:
+    """What `sample_groups` takes: rows whose prompts are these."""
+    rows = [SimpleNamespace(prompt=lambda _, prompt=prompt: prompt) for prompt in prompts]
+    return [Draw(number, row) for number, row in enumerate(rows)]
+
+
+def weighed(groups: list[Group], advantages: torch.Tensor, weights: torch.Tensor) -> list[Group]:
+    """The groups, each with its line of these (B, G) tables."""
+    for group, earned, weight in zip(groups, advantages, weights, strict=True):
+        group.advantages, group.weights = earned, weight
+    return groups
 
 
 def loss_flags(**changes) -> SimpleNamespace:

@@ -14,6 +14,7 @@ from grpo.engine.adapters import vision_is_frozen
 from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
 from grpo.plan.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
+from grpo.rollout import EVAL_BATCH
 from models.config import QwenVLConfig
 from models.decoding.generate import PREFILL, few_lengths
 from models.decoding.graphs import MOST
@@ -22,7 +23,6 @@ from models.four_bit import BYTES as FOUR_BIT_BYTES
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
-EVAL_BATCH = 32  # prompts that an evaluation takes at once
 GRAPH_NODE = 10e3  # bytes that CUDA holds for each operation of a graph
 
 

@@ -1,0 +1,52 @@
+"""What a run reads before a weight is loaded: rows, held-out rows, the checkpoint's processor."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from data.check import load_splits
+from data.rows import Example, Rows
+from grpo.engine.ranks import Ranks
+from models.config import QwenVLConfig
+from models.load import check_checkpoint, find_folder
+from models.processor import Processor
+
+
+@dataclass
+class Data:
+    """The data and the checkpoint's own facts.
+
+    rows: to train on; held_out: to measure with, may be empty; both with the faults that were
+    found. folder: the model's. sizes: its config and how many numbers it has, in all and in the
+    vision tower. lengths: tokens of each prompt of both splits, once the rows are checked.
+    """
+
+    rows: Rows
+    held_out: Rows
+    processor: Processor
+    folder: Path
+    sizes: tuple[QwenVLConfig, int, int]
+    eval_samples: int | None
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def splits(self) -> tuple[Rows, Rows]:
+        return self.rows, self.held_out
+
+    @cached_property
+    def eval_rows(self) -> list[Example]:
+        """The held-out rows that evaluations take: the first --eval_samples."""
+        return self.held_out.first(self.eval_samples)
+
+
+def load_data(config, ranks: Ranks) -> Data:
+    """Finds the model's folder, reads its processor and both splits, and looks at every image.
+
+    Raises UserError as `find_folder`, `Processor`, `check_checkpoint` and `load_splits`; what is
+    wrong with single rows stands in `Rows.faults`.
+    """
+    folder = find_folder(config.model_name_or_path)
+    processor = Processor(folder, config.min_pixels, config.max_pixels)
+    sizes = check_checkpoint(folder)
+    rows, held_out = load_splits(config, processor, ranks.progress)
+    return Data(rows, held_out, processor, folder, sizes, config.eval_samples)
