@@ -14,7 +14,8 @@ import yaml
 
 from grpo.flags.combine import check_effects
 from grpo.flags.config import TrainingConfig
-from grpo.flags.parser import ELSEWHERE, parse_config
+from grpo.flags.elsewhere import ELSEWHERE
+from grpo.flags.parser import parse_config
 from grpo.run.exits import StopSignal
 from grpo.run.folder import check_output
 from models.decoding.draw import Sampling

@@ -6,7 +6,37 @@ table in grpo/loss.py.
 
 from data.errors import UserError
 from grpo.flags.parser import own_flags
-from grpo.loss import COMBINES
+from grpo.loss import CLIPPED
+
+# What does not go together. Each row: a flag; another flag; the values of the other with which the
+# first may be anything but its default; and why with no others.
+COMBINES = (
+    ("epsilon", "loss_type", CLIPPED, "the others do not clip from below"),
+    ("epsilon_high", "loss_type", (*CLIPPED, "cispo"), "sapo has a soft gate in its place"),
+    ("delta", "loss_type", CLIPPED, "the others limit large ratios by themselves"),
+    ("sapo_temperature_pos", "loss_type", ("sapo",), "the others have no gate"),
+    ("sapo_temperature_neg", "loss_type", ("sapo",), "the others have no gate"),
+    (
+        "top_entropy_quantile",
+        "importance_sampling_level",
+        ("token", "sequence_token"),
+        "one ratio of a whole completion gives every token of it a gradient",
+    ),
+    ("advantage_estimator", "scale_rewards", ("none",), "leave-one-out does not divide"),
+    (
+        "multi_objective_aggregation",
+        "scale_rewards",
+        ("group",),
+        "each reward is divided by its own deviation in the group",
+    ),
+    (
+        "multi_objective_aggregation",
+        "advantage_estimator",
+        ("grpo",),
+        "leave-one-out compares sums of rewards",
+    ),
+    ("multi_objective_aggregation", "overlong_buffer", (0,), "the penalty is added to the sum"),
+)
 
 EVALUATION = (  # the flags that --eval_only looks at
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split"),
