@@ -1,6 +1,6 @@
-"""Names that people bring from TRL, transformers, peft and Visual-RFT, and what to do here."""
+"""Flags and values of TRL, transformers, peft and Visual-RFT that do not exist here."""
 
-# Values of TRL's --loss_type that a flag here does not take, and why.
+# Value of a flag, mostly of --loss_type -> why it is none here, and what to use instead.
 NOT_HERE = {
     "bnpo": "bnpo divides by the tokens of a local batch, so its gradient would change with "
     "--tokens_per_pack and the number of ranks; dapo divides by those of the whole step",
@@ -12,17 +12,18 @@ NOT_HERE = {
     "gdpo": "GDPO is --multi_objective_aggregation normalize_then_sum",
 }
 
-# Flags of TRL, transformers, peft and Visual-RFT that do not exist here, and what to do instead.
+# Flag -> what to do instead.
 ELSEWHERE = {
     "per_device_train_batch_size": "--prompts_per_step counts prompts over all ranks",
     "gradient_accumulation_steps": "--tokens_per_pack cuts a step into passes by itself",
     "generation_batch_size": "--prompts_per_step counts prompts over all ranks",
     "steps_per_generation": "use --num_iterations, the updates per rollout",
     "per_device_eval_batch_size": "leave it out: evaluation takes 32 prompts at a time",
-    "num_generations_eval": "leave it out: evaluation is one greedy answer per row",
+    "num_generations_eval": "use --eval_samples_per_prompt, answers drawn beside the greedy one",
     "max_length": "use --max_prompt_length and --max_completion_length",
     "max_steps_per_epoch": "use --max_steps",
     "warmup_steps": "use --warmup_ratio, a share of the steps",
+    "adam_epsilon": "not supported: AdamW's epsilon is PyTorch's, 1e-8",
     "adam_beta1": "not supported: AdamW's betas are PyTorch's, 0.9 and 0.999",
     "adam_beta2": "not supported: AdamW's betas are PyTorch's, 0.9 and 0.999",
     "fp16": "use --bf16",
@@ -30,11 +31,14 @@ ELSEWHERE = {
     "torch_dtype": "use --bf16 true or --bf16 false",
     "dtype": "use --bf16 true or --bf16 false",
     "model_init_kwargs": "use --bf16 and --attn_implementation",
-    "torch_compile": "not supported",
+    "torch_compile": "not supported: see --cuda_graphs for faster sampling",
+    "gradient_checkpointing_kwargs": "leave it out: --gradient_checkpointing has no settings",
+    "disable_dropout": "leave it out: there is no dropout",
     "use_liger_kernel": "leave it out: logits are never held for all tokens",
     "deepspeed": "start several ranks with torchrun --nproc_per_node=N",
     "fsdp": "start several ranks with torchrun --nproc_per_node=N, and see --shard_size",
     "fsdp_config": "use --shard_size, --reshard_after_forward and --cpu_offload",
+    "ds3_gather_for_generation": "leave it out: each rank samples from the whole model",
     "ddp_timeout": "use --timeout",
     "use_vllm": "there is no inference server: sampling uses the model in training",
     "load_in_8bit": "not supported: use --load_in_4bit, or --use_peft alone for bfloat16",
@@ -44,7 +48,7 @@ ELSEWHERE = {
     "lora_modules_to_save": "not supported: adapters alone are trained",
     "min_p": "not supported: use --top_p or --top_k",
     "repetition_penalty": "not supported: use --temperature, --top_p or --top_k",
-    "sync_ref_model": "not supported: the reference is the model that the run began with",
+    "sync_ref_model": "not supported: the reference stays as it is for the whole run",
     "use_adaptive_entropy": "not supported: --entropy_coef stays as it is",
     "off_policy_mask_threshold": "not supported: see --delta and --importance_sampling_level",
     "use_bias_correction_kl": "not supported: see --kl_estimator",
@@ -57,17 +61,23 @@ ELSEWHERE = {
     "eval_strategy": "use --eval_steps N",
     "evaluation_strategy": "use --eval_steps N",
     "save_strategy": "use --save_steps N",
+    "save_only_model": "leave it out: final/ has the model alone, a checkpoint what resuming needs",
     "load_best_model_at_end": "--save_total_limit keeps the checkpoint with the best evaluation",
     "overwrite_output_dir": "name another --output_dir; runs are never overwritten",
     "do_train": "leave it out: the script trains; --dry_run only checks",
-    "do_eval": "leave it out: held-out rows are evaluated; see --eval_steps",
+    "do_eval": "leave it out: held-out rows are evaluated; see --eval_steps and --eval_only",
+    "eval_on_start": "leave it out: held-out rows are evaluated before and after training",
     "push_to_hub": "upload final/ yourself: it is a Hugging Face checkpoint",
+    "trust_remote_code": "leave it out: code that comes with a checkpoint is never run",
+    "model_revision": "download that revision and give --model_name_or_path its folder",
+    "data_seed": "use --seed",
     "shuffle_dataset": "leave it out: prompts are shuffled by --seed",
     "remove_unused_columns": "leave it out: other columns are ignored",
     "dataset_config": "give --dataset_name the folder or file itself",
     "freeze_vision_modules": "use --freeze_vision",
 }
-# The same for flags that begin with a word.
+
+# The same for every other flag that begins so.
 PREFIXES = {
     "vllm_": "there is no inference server: sampling uses the model in training",
     "lora_": "not supported: see --lora_r, --lora_alpha, --lora_target_modules and --use_rslora",
