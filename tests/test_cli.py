@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import yaml
 
-from grpo.flags.combine import check_effects
+from grpo.flags.combine import CONTRADICTIONS, without_effect
 from grpo.flags.config import TrainingConfig
-from grpo.flags.parser import ELSEWHERE, parse_config
+from grpo.flags.elsewhere import ELSEWHERE
+from grpo.flags.parser import flag, own_flags, parse_config
 from grpo.run.exits import StopSignal
 from grpo.run.folder import check_output
 from models.decoding.draw import Sampling
 from tests.runs import ROOT
 
+GDPO = ["--multi_objective_aggregation", "normalize_then_sum"]
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 
@@ -94,7 +96,6 @@ def test_booleans(argv, expected):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--kl_alarm", "1", "--beta", "0"], "--kl_alarm is about the reference"),
         (["--betta", "1"], "unknown flag --betta: did you mean --beta"),
         (["--max-steps=5"], "write --max_steps"),
         (["--per_device_train_batch_size", "8"], "--prompts_per_step"),
@@ -113,19 +114,40 @@ def test_booleans(argv, expected):
         ),
         (["--loss_type", "cispo", "--epsilon_high", "0.28"], "the largest ratio itself .* 0.28"),
         (["--delta", "1.1"], "--delta 1.1 is not above 1 . --epsilon_high, 1.2"),
-        (["--delta", "4", "--loss_type", "sapo"], "--delta 4.0 needs --loss_type grpo or dapo or"),
-        (["--epsilon", "0.1", "--loss_type", "sapo"], "--epsilon 0.1 needs --loss_type grpo"),
-        (["--sapo_temperature_neg", "2"], "--sapo_temperature_neg 2.0 needs --loss_type sapo"),
         (["--advantage_estimator", "rloo"], "rloo needs --scale_rewards none, not group"),
         (["--entropy_coef_max", "1"], "--entropy_coef stays as it is"),
         (
-            ["--multi_objective_aggregation", "normalize_then_sum", "--overlong_buffer", "9"],
-            "normalize_then_sum needs --overlong_buffer 0, not 9: the penalty is added to the sum",
+            [*GDPO, "--overlong_buffer", "9"],
+            "normalize_then_sum does not go with --overlong_buffer: the penalty is added to the",
         ),
         (
             ["--top_entropy_quantile", "0.2", "--importance_sampling_level", "sequence"],
             "needs --importance_sampling_level token or sequence_token, not sequence",
         ),
+        (
+            [*GDPO, "--scale_rewards", "none"],
+            "normalize_then_sum needs --scale_rewards group, not none",
+        ),
+        (
+            [*GDPO, "--advantage_estimator", "rloo", "--scale_rewards", "none"],
+            "normalize_then_sum needs --advantage_estimator grpo, not rloo: leave-one-out compares",
+        ),
+        (["--load_in_4bit"], "--load_in_4bit needs --use_peft: weights in 4 bits stay as they"),
+        (["--adapter_name_or_path", "a"], "--adapter_name_or_path a needs --use_peft: without it"),
+        (
+            ["--use_peft", "--adapter_name_or_path", "a", "--lora_target_modules", "q_proj", "x"],
+            "--lora_target_modules q_proj x does not go with --adapter_name_or_path: an adapter",
+        ),
+        (
+            ["--use_peft", "--optim", "adamw_8bit"],
+            "--optim adamw_8bit does not go with --use_peft: adapters are few, so",
+        ),
+        (["--use_peft", "--cpu_offload"], "--cpu_offload does not go with --use_peft: adapters"),
+        (
+            ["--eval_only", "--resume_from_checkpoint", "checkpoint-3"],
+            "--resume_from_checkpoint checkpoint-3 does not go with --eval_only: an evaluation",
+        ),
+        (["--gpu_memory", "24"], "--gpu_memory 24 needs --dry_run: it plans for a GPU that is not"),
         (["--num_generations", "1"], "at least 2"),
         (["--temperature", "0"], "above 0"),
         (["--top_p", "1.5"], "at most 1"),
@@ -168,9 +190,8 @@ def test_mistakes_in_yaml_are_one_message(tmp_path, text, message):
 def test_every_flag_is_read_somewhere():
     """No flag is accepted and ignored: each is used outside of its definition."""
     files = [*ROOT.glob("train_*.py"), *ROOT.glob("grpo/**/*.py"), ROOT / "data" / "check.py"]
-    code = "".join(
-        path.read_text() for path in files if path.name not in ("config.py", "effects.py")
-    )
+    defined = ROOT / "grpo" / "flags"
+    code = "".join(path.read_text() for path in files if defined not in path.parents)
     sampling = inspect.getsource(Sampling.of)  # by name
     flags = asdict(TrainingConfig()).keys()
     used = {name for name in flags if f"config.{name}" in code or f'"{name}"' in sampling}
@@ -210,46 +231,146 @@ def test_a_value_beyond_a_bound_is_named(name):
             parse(*NEEDED, f"--{name}={value}")
 
 
+ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
+SAPO = ["--loss_type", "sapo", "--num_iterations", "2"]
+CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
+
+
 @pytest.mark.parametrize(
-    "argv, world, message",
+    "argv, world, sentences",
     [
-        (["--timeout", "9"], 1, "--timeout has no effect here: with one rank there is no other"),
-        (["--shard_size", "1"], 1, "--shard_size has no effect here: with one rank nothing is"),
-        (["--reshard_after_forward", "false"], 1, "--reshard_after_forward has no effect here"),
-        (["--load_in_4bit"], 1, "--load_in_4bit has no effect here"),
-        (["--run_name", "x"], 2, "--run_name has no effect here: it names the run for --report_to"),
-        (["--max_sampling_rounds", "3"], 2, "--max_sampling_rounds has no effect here: it is for"),
+        (["--epsilon_high", "0.28"], 1, [f"--epsilon_high has no effect: {ONE_UPDATE}"]),
+        (["--delta", "4"], 1, [f"--delta has no effect: {ONE_UPDATE}"]),
         (
-            ["--delta", "4"],
+            ["--importance_sampling_level", "sequence"],
             1,
-            "--delta has no effect here: with --num_iterations 1 every ratio is 1; take 2 or more",
+            [f"--importance_sampling_level has no effect: {ONE_UPDATE}"],
         ),
         (
             ["--loss_type", "sapo"],
             1,
-            "--loss_type has no effect here: .*; take 2 or more, or take --loss_type grpo",
+            [f"--loss_type sapo: {ONE_UPDATE}, so the gradient is grpo's"],
         ),
-        (["--importance_sampling_level", "sequence"], 1, "importance_sampling_level has no effect"),
+        (CISPO, 1, [f"--loss_type cispo: {ONE_UPDATE}, so the gradient is dapo's"]),
+        ([*CISPO, "--num_iterations", "2"], 1, []),
+        (["--num_iterations", "2", "--epsilon", "0.1", "--epsilon_high", "0.3"], 1, []),
+        (
+            [*SAPO, "--epsilon", "0.1", "--epsilon_high", "0.28", "--delta", "4"],
+            1,
+            [
+                "--epsilon has no effect: it is for --loss_type grpo, dapo or dr_grpo",
+                "--delta has no effect: it is for --loss_type grpo, dapo or dr_grpo",
+                "--epsilon_high has no effect: --loss_type sapo has a soft gate in its place",
+            ],
+        ),
+        (
+            [*CISPO, "--num_iterations", "2", "--delta", "4"],
+            1,
+            ["--delta has no effect: it is for --loss_type grpo, dapo or dr_grpo"],
+        ),
+        (
+            ["--num_iterations", "2", "--sapo_temperature_neg", "2"],
+            1,
+            ["--sapo_temperature_neg has no effect: it is for --loss_type sapo"],
+        ),
+        (["--kl_alarm", "1", "--beta", "0"], 1, ["--kl_alarm has no effect: --beta 0 has no KL"]),
+        (
+            ["--kl_estimator", "k1", "--beta", "0"],
+            1,
+            ["--kl_estimator has no effect: --beta 0 has"],
+        ),
+        (
+            ["--num_train_epochs", "2", "--max_steps", "9"],
+            1,
+            ["--num_train_epochs has no effect: --max_steps 9 decides"],
+        ),
+        (
+            ["--max_sampling_rounds", "3"],
+            2,
+            ["--max_sampling_rounds has no effect: it is for --dy"],
+        ),
+        (["--run_name", "x"], 2, ["--run_name has no effect: it names the run for --report_to"]),
+        (["--timeout", "9"], 1, ["--timeout has no effect: with one rank there is no other"]),
+        (
+            ["--shard_size", "1"],
+            1,
+            ["--shard_size has no effect: with one rank nothing is sharded"],
+        ),
+        (
+            ["--reshard_after_forward", "false"],
+            1,
+            ["--reshard_after_forward has no effect: with one rank nothing is sharded"],
+        ),
+        (
+            ["--use_peft", "--shard_size", "2", "--freeze_vision"],
+            2,
+            [
+                "--freeze_vision has no effect: with --use_peft the vision tower is frozen anyway",
+                "--shard_size has no effect: with --use_peft every rank holds all weights",
+            ],
+        ),
+        (
+            ["--lora_r", "8", "--lora_target_modules", "q_proj", "--use_rslora"],
+            1,
+            [
+                "--lora_r has no effect: it is for --use_peft, without which all weights are",
+                "--lora_target_modules has no effect: it is for --use_peft",
+                "--use_rslora has no effect: it is for --use_peft",
+            ],
+        ),
+        # at their defaults
+        (["--epsilon", "0.2", "--timeout", "1800", "--lora_r", "16"], 1, []),
     ],
 )
-def test_a_flag_without_effect_is_refused(tmp_path, argv, world, message):
+def test_a_flag_without_effect_is_said(tmp_path, argv, world, sentences):
     """Typed or in --config; a resumed run's own config.yaml may come from more ranks."""
-    with pytest.raises(ValueError, match=message):
-        check_effects(parse(*NEEDED, *argv)[0], world)
-    value = yaml.safe_load(argv[1]) if len(argv) == 2 else True
-    values = {"model_name_or_path": "m", "dataset_name": "d", argv[0][2:]: value}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match=message):
-        check_effects(parse("--config", str(tmp_path / "config.yaml"))[0], world)
+    typed = parse(*NEEDED, *argv)[0]
+    said = without_effect(typed, world)
+    assert len(said) == len(sentences)
+    for sentence, begin in zip(said, sentences, strict=True):
+        assert sentence.startswith(begin)
+    names = [word[2:] for word in argv if word.startswith("--")]
+    values = {name: getattr(typed, name) for name in names}
+    settings = {"model_name_or_path": "m", "dataset_name": "d", **values}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = parse("--config", str(tmp_path / "config.yaml"))[0]
+    assert without_effect(config, world) == said
     own = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto")[0]
-    assert getattr(own, argv[0][2:]) == value
-    check_effects(own, world)
+    assert {name: getattr(own, name) for name in names} == values
+    assert without_effect(own, world) == []
 
 
-@pytest.mark.parametrize("flag", [["--cpu_offload"], ["--optim", "adamw_8bit"]])
-def test_what_adapters_have_no_use_for_is_refused(flag):
-    with pytest.raises(ValueError, match=f"{flag[0]} has no effect here"):
-        check_effects(parse(*NEEDED, "--use_peft", *flag)[0], 1)
+def test_flags_that_have_an_effect_are_not_mentioned():
+    argv = ["--timeout", "9", "--shard_size", "1", "--cpu_offload", "--report_to", "tensorboard"]
+    argv += ["--run_name", "x", "--dynamic_sampling", "--max_sampling_rounds", "3"]
+    argv += ["--num_iterations", "2", "--epsilon_high", "0.28", "--delta", "4", "--freeze_vision"]
+    assert without_effect(parse(*NEEDED, *argv)[0], 2) == []
+    argv = ["--use_peft", "--lora_r", "8", "--load_in_4bit"]
+    assert without_effect(parse(*NEEDED, *argv)[0], 1) == []
+
+
+def test_no_default_contradicts_another():
+    names = {f.name for f in fields(TrainingConfig)}
+    assert all({row.flag, row.other} <= names for row in CONTRADICTIONS)
+    parse(*NEEDED)
+
+
+@dataclass
+class Counting(TrainingConfig):
+    """A third script's flags."""
+
+    most: int = flag(9, "the largest number that is asked for", least=1)
+
+
+def test_a_third_script_has_flags_of_its_own_and_grpo_flags_knows_none(tmp_path):
+    config, _ = parse_config(Counting, [*NEEDED, "--most", "5", "--epsilon_high", "0.28"])
+    assert own_flags(config) == {"most"} and config.most == 5
+    assert without_effect(config, 1) == [f"--epsilon_high has no effect: {ONE_UPDATE}"]
+    with pytest.raises(ValueError, match="unknown flag --mst: did you mean --most"):
+        parse_config(Counting, [*NEEDED, "--mst", "5"])
+    sources = [*(ROOT / "grpo" / "flags").glob("*.py"), *(ROOT / "rewards").glob("*.py")]
+    for path in sources:
+        assert not re.search(r"train_(cls|det)\b", path.read_text()), path.name
 
 
 @pytest.mark.parametrize(
@@ -273,12 +394,6 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else 1)
     with pytest.raises(ValueError, match="--report_to trackio: pip install trackio"):
         check_output(tmp_path / "run", False, config.report_to)
-
-
-def test_flags_that_have_an_effect_are_not_refused():
-    argv = ["--timeout", "9", "--shard_size", "1", "--cpu_offload", "--report_to", "tensorboard"]
-    argv += ["--run_name", "x", "--dynamic_sampling", "--max_sampling_rounds", "3"]
-    check_effects(parse(*NEEDED, *argv)[0], 2)
 
 
 @pytest.mark.slow

@@ -490,7 +490,7 @@ def test_solutions_are_told_apart_and_read_strictly():
     assert read_boxes("<answer>No Objects</answer>") == ()
     assert read_grounding("<answer>(1,2),(3,4)</answer>") == Box(1, 2, 3, 4)
     for solution, message in (
-        ("<answer>garden phlox</answer>", "classification solution: use train_cls"),
+        ("<answer>garden phlox</answer>", "is a class, not boxes"),
         ("<answer>[{'Position': [1, 2, 3]}]</answer>", "not a list of boxes"),
         ("<answer>[{'Position': [1, 2, 3, 1200], 'Confidence': 1}]</answer>", "outside its frame"),
     ):

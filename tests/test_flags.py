@@ -1,6 +1,7 @@
 """What flags do to a run."""
 
 import json
+import re
 import statistics
 
 import pytest
@@ -12,7 +13,7 @@ import train_cls
 import train_det
 from data.flowers import SPECIES
 from models.qwen_vl import QwenVL
-from tests.runs import CHECKPOINT, SHORT, detection_set, read_lines, read_steps, train
+from tests.runs import CHECKPOINT, SHORT, detection_set, read_lines, read_steps, timeless, train
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +115,23 @@ def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
     if name == "tracker":
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_what_is_said_to_have_no_effect_has_none(tmp_path, plain, capsys):
+    """Metrics and completions are those of the run without these flags, to the byte. (--delta has a
+    count of its own in the log: 0.)"""
+    argv = ["--epsilon", "0.1", "--epsilon_high", "0.28", "--num_train_epochs", "3"]
+    argv += ["--sapo_temperature_pos", "2", "--sapo_temperature_neg", "2", "--run_name", "x"]
+    argv += ["--max_sampling_rounds", "2", "--lora_r", "8", "--lora_alpha", "8", "--use_rslora"]
+    argv += ["--lora_target_modules", "q_proj", "--timeout", "9", "--shard_size", "8"]
+    argv += ["--reshard_after_forward", "false"]
+    train(tmp_path / "run", *SHORT, *argv)
+    said = re.findall(r"^flags     --(\w+) has no effect", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(said) == sorted(word[2:] for word in argv if word.startswith("--"))
+    metrics = [timeless(read_lines(run / "metrics.jsonl")) for run in (plain, tmp_path / "run")]
+    assert metrics[0] == metrics[1]
+    files = [run / "completions.jsonl" for run in (plain, tmp_path / "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_two_updates_move_the_ratio(tmp_path):

@@ -632,12 +632,12 @@ def test_evaluation_alone_loads_neither_reference_nor_optimizer(tmp_path, monkey
     argv = ["--eval_only", "--eval_samples", "2", "--max_completion_length", "8"]
     train(tmp_path / "run", *argv, "--learning_rate", "1")
     out = capsys.readouterr().out
-    assert "evaluates 2 rows" in out and "--learning_rate" in out and "reference" not in out
+    assert "evaluates 2 rows" in out and "reference" not in out
     with pytest.raises(
         ValueError, match="--eval_only with --use_peft needs --adapter_name_or_path"
     ):
         train_cls.main([*argv, "--use_peft", "--output_dir", str(tmp_path / "other")])
-    with pytest.raises(ValueError, match="--resume_from_checkpoint has no effect here"):
+    with pytest.raises(ValueError, match="auto does not go with --eval_only"):
         again = ["--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path / "run")]
         train_cls.main([*argv, *again])
 

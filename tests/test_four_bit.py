@@ -223,7 +223,7 @@ def test_detection_in_four_bits_and_bf16(tmp_path):
 
 
 def test_four_bits_are_for_adapters(monkeypatch):
-    with pytest.raises(ValueError, match="--load_in_4bit has no effect here: it is for --use_peft"):
+    with pytest.raises(ValueError, match="--load_in_4bit needs --use_peft"):
         train_cls.main([*SHORT, "--load_in_4bit"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes"):

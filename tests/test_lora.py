@@ -266,11 +266,13 @@ def test_the_tower_has_adapters_where_it_is_named(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--lora_r", "8"], "--lora_r has no effect here: it is for --use_peft"),
         (["--use_peft", "--lora_dropout", "0.05"], "--lora_dropout is 0.05; it must be 0"),
         (["--lora_dropout", "0.05"], "--lora_dropout is 0.05; it must be 0"),
         (["--use_peft", "--lora_target_modules", "lm_head"], "no linear layer lm_head for"),
-        (["--use_peft", "--freeze_vision"], "--freeze_vision has no effect here"),
+        (
+            ["--use_peft", "--freeze_vision", "--lora_target_modules", "visual.qkv"],
+            "--freeze_vision does not go with --lora_target_modules, which has layers of the",
+        ),
         (["--use_peft", "--lora_target_modules", "qproj"], "no linear layer qproj .* q_proj"),
         (
             ["--use_peft", "--adapter_name_or_path", "nowhere"],

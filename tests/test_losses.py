@@ -249,7 +249,7 @@ def test_gspo_and_its_token_variant_have_the_same_gradient_under_one_advantage()
 @pytest.mark.parametrize("loss_type, like", [("cispo", "dapo"), ("sapo", "grpo"), ("grpo", "grpo")])
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_where_the_policy_has_not_moved_all_losses_have_one_gradient(loss_type, like, level):
-    """What the flags' refusal with --num_iterations 1 says."""
+    """What the plan says of the flags about a ratio with --num_iterations 1."""
     gradients = []
     for f in (
         flags(loss_type=loss_type, importance_sampling_level=level, epsilon_high=5.0),

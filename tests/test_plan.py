@@ -188,7 +188,7 @@ def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
     assert train_cls.main([*argv, "--cpu_offload"]) == 0, "no GPU here, but one is planned for"
     assert "bfloat16, sdpa, 1 x cuda" in out and "libraries" not in out
     assert "GB that are usable of 24" in out
-    with pytest.raises(ValueError, match="--gpu_memory has no effect here: it is for --dry_run"):
+    with pytest.raises(ValueError, match="--gpu_memory 24 needs --dry_run: it plans"):
         train_cls.main(argv[1:])
 
 

@@ -13,7 +13,7 @@ import train_cls
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
-from grpo.flags.combine import check_effects
+from grpo.flags.combine import without_effect
 from grpo.run.clock import WHAT_TO_LOWER
 from models.load import load_model, save_model
 from tests.ranks import SMALL, score, uneven_packs
@@ -223,20 +223,20 @@ def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
     assert len(one) == 56 and all(torch.equal(one[name], two[name]) for name in one)
     config = train_cls.Config(use_peft=True, shard_size=2)
     config.given = frozenset({"shard_size"})
-    with pytest.raises(ValueError, match="--shard_size has no effect here: with --use_peft every"):
-        check_effects(config, 2)
+    assert "--shard_size has no effect: with --use_peft every" in without_effect(config, 2)[0]
 
 
-def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tmp_path):
-    """config.yaml has --timeout and --shard_size, which one rank has no use for."""
+def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tmp_path, capsys):
+    """config.yaml has --timeout and --shard_size, which one rank has no use for: said if typed."""
     run = tmp_path / "run"
     shutil.copytree(two[0] / "copies", run)
     with (run / "config.yaml").open("a") as file:
         file.write("timeout: 60.0\n")
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
     assert train_cls.main(again) == 0
-    with pytest.raises(ValueError, match="--shard_size has no effect here"):
-        train_cls.main([*again, "--shard_size", "1"])
+    assert "no effect" not in capsys.readouterr().out
+    assert train_cls.main([*again, "--shard_size", "1", "--dry_run"]) == 0
+    assert "flags     --shard_size has no effect: with one rank" in capsys.readouterr().out
 
 
 def test_a_fault_on_one_rank_is_raised_on_all(two):

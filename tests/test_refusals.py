@@ -1,15 +1,17 @@
 """Data that a script refuses before a weight is loaded."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import grpo.engine.load
 import train_cls
 import train_det
-from data.errors import RewardFault
+from data.check import refuse_other_task
+from data.errors import RewardFault, UserError
 from rewards.parse import ideal_completion
-from tests.runs import CHECKPOINT, SHORT, detection_set, train
+from tests.runs import CHECKPOINT, SHORT, Checked, detection_set, train
 
 
 def test_the_other_script_s_data_is_refused_before_a_weight_is_loaded(tmp_path, monkeypatch):
@@ -64,6 +66,46 @@ def test_a_mixture_names_the_first_row_of_each_kind(script, kinds, turned, tmp_p
     message = str(caught.value)
     assert "2 kinds: row 0 (" in message and f", a {one} solution (2 rows); row 2 (" in message
     assert f", a {two} solution (1 rows)" in message and "torchrun" not in message
+
+
+@pytest.mark.parametrize(
+    "kinds, trains, messages",
+    [
+        (["count", "count"], ("count",), None),
+        ([], ("count",), None),
+        (
+            ["class", "class"],
+            ("count",),
+            [
+                "a class solution, and so do all 2 rows; this script trains count solutions",
+                "Run instead (without --most, which it does not know):\n",
+                "\n  torchrun train_cls.py --a b",
+            ],
+        ),
+        (
+            ["count", "count"],
+            ("boxes", "grounding"),
+            ["trains boxes or grounding solutions", "Train count solutions by a script of its own"],
+        ),
+        (
+            ["count", "boxes"],
+            ("count",),
+            ["Make a data set of each kind: count for a script of its own, boxes for train_det.py"],
+        ),
+    ],
+)
+def test_a_third_task_is_told_apart_too(kinds, trains, messages):
+    """Its kinds need not stand in the table of scripts."""
+    row = SimpleNamespace(index=0, where="a.png", solution="<answer>3</answer>")
+    rows = Checked([row, row])
+    argv = ["--most", "5", "--a", "b"]
+    if messages is None:
+        refuse_other_task(rows, kinds, trains, {"most"}, argv)
+        return
+    with pytest.raises(UserError) as caught:
+        refuse_other_task(rows, kinds, trains, {"most"}, argv)
+    for message in messages:
+        assert message in str(caught.value)
 
 
 def test_a_solution_that_earns_less_than_everything_is_named(tmp_path):

@@ -511,8 +511,8 @@ def test_reads_the_class(solution, label):
         [{"Position": [1, 2, 3, 4], "Confidence": 1.0}],  # JSON, not text
     ],
 )
-def test_a_detection_solution_is_sent_to_the_other_script(solution):
-    with pytest.raises(ValueError, match=r"detection solution: found .*train_det\.py"):
+def test_a_detection_solution_is_no_class(solution):
+    with pytest.raises(ValueError, match=r"found .*: a detection solution, not the name of a"):
         read_class(solution)
 
 
@@ -549,7 +549,7 @@ def test_a_broken_solution_is_refused(solution, problem):
     message = str(caught.value)
     assert "; write the class's name as <answer>garden phlox</answer>" in message
     assert f"found {repr(solution)[:77]}" in message
-    assert "train_det" not in message
+    assert "detection" not in message
 
 
 def test_what_was_found_is_shortened():

@@ -20,22 +20,35 @@ def lora_of(config) -> LoRA | None:
         )
     if not config.use_peft:
         return None
-    targets = tuple(config.lora_target_modules or DECODER)
-    base, folder = config.model_name_or_path, config.adapter_name_or_path
+    folder = config.adapter_name_or_path
     if folder is None:
-        return LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
-    if not Path(folder).is_dir():
+        targets = tuple(config.lora_target_modules or DECODER)
+        base = config.model_name_or_path
+        lora = LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
+    else:
+        lora = _named_adapter(config, Path(folder))
+    if lora.in_tower and config.freeze_vision:
+        source = f"the adapter in {folder}" if folder else "--lora_target_modules"
+        raise UserError(
+            f"--freeze_vision does not go with {source}, which has layers of the vision tower"
+        )
+    return lora
+
+
+def _named_adapter(config, folder: Path) -> LoRA:
+    """The adapter in --adapter_name_or_path. Raises UserError as `lora_of`."""
+    if not folder.is_dir():
         raise UserError(
             f"--adapter_name_or_path {folder}: no such folder; fetch it from the hub first"
         )
-    found = read_adapter(Path(folder))
-    own = {"lora_r": found.r, "lora_alpha": found.alpha, "use_rslora": found.use_rslora}
-    for name, there in own.items():
+    adapter = read_adapter(folder)
+    flags = {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora}
+    for name, there in flags.items():
         asked, default = getattr(config, name), type(config).__dataclass_fields__[name].default
         # a run's own config.yaml names every flag: a default is no wish
         if name in config.given and asked not in (there, default):
             raise UserError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
-    return replace(found, base=base)
+    return replace(adapter, base=config.model_name_or_path)
 
 
 def vision_is_frozen(config) -> bool:

@@ -1,33 +1,136 @@
-"""Which flags go together: refused by name where one has no effect or contradicts another.
+"""Which flags go together: a contradiction is refused, a flag without effect is said in the plan.
 
-What each flag is, and the values that it takes alone, is in config.py; what the losses combine is a
-table in grpo/loss.py.
+A contradiction asks for what the run would not do: RLOO's advantage, divided. A flag without effect
+asks for nothing that the run does not do anyway: a clip range where every ratio is 1. Whole command
+lines are pasted, so it is said in one line and the run goes on. A flag at its default is never
+mentioned.
+
+Not here: what a flag is and which values it takes by itself (config.py); what depends on the data
+or the device, which is checked where they are known.
 """
 
-from data.errors import UserError
-from grpo.flags.parser import own_flags
-from grpo.loss import COMBINES
+from typing import NamedTuple
 
-EVALUATION = (  # the flags that --eval_only looks at
-    *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split"),
-    *("test_share", "prompt_template", "output_dir", "run_name", "report_to", "reward_weights"),
-    *("max_prompt_length", "max_completion_length", "min_pixels", "max_pixels", "bf16"),
-    *("use_peft", "load_in_4bit", "adapter_name_or_path", "attn_implementation", "timeout"),
-    *("eval_samples", "eval_samples_per_prompt", "eval_only", "gpu_memory", "dry_run"),
+from data.errors import UserError
+from grpo.loss import CLIPPED
+
+
+class Needs(NamedTuple):
+    """`flag` may differ from its default only where the flag `other` has one of `values`."""
+
+    flag: str
+    other: str
+    values: tuple
+    why: str
+
+
+# Each with what would happen instead of what was asked for.
+CONTRADICTIONS = (
+    # The tokens that should be left out would be trained.
+    Needs(
+        "top_entropy_quantile",
+        "importance_sampling_level",
+        ("token", "sequence_token"),
+        "one ratio of a whole completion gives every token of it a gradient",
+    ),
+    # The estimator would be ignored. (Before the next, which would send the user round in a circle:
+    # the two want different --scale_rewards.)
+    Needs(
+        "multi_objective_aggregation",
+        "advantage_estimator",
+        ("grpo",),
+        "leave-one-out compares sums of rewards",
+    ),
+    # Each reward would be divided all the same.
+    Needs(
+        "multi_objective_aggregation",
+        "scale_rewards",
+        ("group",),
+        "each reward is divided by its own deviation in the group",
+    ),
+    # The penalty would be left out.
+    Needs(
+        "multi_objective_aggregation",
+        "overlong_buffer",
+        (0,),
+        "the penalty is added to the sum of rewards",
+    ),
+    # Divided, it is GRPO's advantage times G / (G - 1).
+    Needs(
+        "advantage_estimator",
+        "scale_rewards",
+        ("none",),
+        "leave-one-out does not divide",
+    ),
+    # All weights would be trained, in full precision.
+    Needs(
+        "load_in_4bit",
+        "use_peft",
+        (True,),
+        "weights in 4 bits stay as they are, and adapters beside them are trained",
+    ),
+    # The adapter would be ignored, by an evaluation too.
+    Needs(
+        "adapter_name_or_path",
+        "use_peft",
+        (True,),
+        "without it a run has no adapters",
+    ),
+    # The layers of the adapter would be trained, whatever the flag names.
+    Needs(
+        "lora_target_modules",
+        "adapter_name_or_path",
+        (None,),
+        "an adapter has its layers already",
+    ),
+    # Another optimizer would run than the one that is named.
+    Needs(
+        "optim",
+        "use_peft",
+        (False,),
+        "adapters are few, so their masters and moments are float32 (adamw_torch)",
+    ),
+    # Masters and moments would stay on the device.
+    Needs(
+        "cpu_offload",
+        "use_peft",
+        (False,),
+        "adapters are few, so their masters and moments stay on the device, and the reference is "
+        "the model itself",
+    ),
+    # --model_name_or_path would be evaluated, and not the checkpoint.
+    Needs(
+        "resume_from_checkpoint",
+        "eval_only",
+        (False,),
+        "an evaluation continues no run, and takes a checkpoint as --model_name_or_path, or one of "
+        "adapters as --adapter_name_or_path",
+    ),
+    # The run would be planned for another machine than its own.
+    Needs(
+        "gpu_memory",
+        "dry_run",
+        (True,),
+        "it plans for a GPU that is not here",
+    ),
 )
 
-RATIO = ("importance_sampling_level", "epsilon", "epsilon_high", "delta")
-RATIO += ("sapo_temperature_pos", "sapo_temperature_neg")  # flags about a ratio that is not 1
-OFF_POLICY = {"cispo": "dapo", "sapo": "grpo"}  # where every ratio is 1, the gradient is that one's
+ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
+ON_POLICY = {"cispo": "dapo", "sapo": "grpo"}  # whose gradient it is where every ratio is 1
 
 
-def check_loss(config) -> None:
-    """Raises UserError naming flags of the loss that do not go together."""
-    for name, other, allowed, why in COMBINES:
-        value, others = getattr(config, name), getattr(config, other)
-        if value != config.__dataclass_fields__[name].default and others not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise UserError(f"--{name} {value} needs --{other} {wanted}, not {others}: {why}")
+def check_combinations(config) -> None:
+    """Raises UserError naming flags that contradict each other."""
+    for flag, other, allowed, why in CONTRADICTIONS:
+        value, found = getattr(config, flag), getattr(config, other)
+        if value == _default(config, flag) or found in allowed:
+            continue
+        if not any(allowed):  # the other must be left out
+            both = f"{_typed(flag, value)} does not go with --{other}"
+            raise UserError(f"{both}: {why}; leave one of them out")
+        wanted = " or ".join(str(one) for one in allowed)
+        needs = f"--{other}" if allowed == (True,) else f"--{other} {wanted}, not {found}"
+        raise UserError(f"{_typed(flag, value)} needs {needs}: {why}")
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.loss_type == "cispo" and (config.epsilon_high is None or high <= 1):
         raise UserError(
@@ -35,59 +138,65 @@ def check_loss(config) -> None:
             "itself (ScaleRL takes 5), not its distance from 1"
             + (f"; it is {high:g}" if config.epsilon_high is not None else "")
         )
-    if config.delta is not None and config.delta <= 1 + high:
+    if config.delta is not None and config.loss_type in CLIPPED and config.delta <= 1 + high:
         raise UserError(
             f"--delta {config.delta} is not above 1 + --epsilon_high, {1 + high:g}: it is there "
             "for ratios that --epsilon_high does not clip (INTELLECT-2 takes 4)"
         )
 
 
-def unused(config) -> list[str]:
-    """The flags that were given and that --eval_only does not look at."""
-    drawn = (
-        ("seed", "temperature", "top_p", "top_k", "overlong_buffer")
-        if config.eval_samples_per_prompt
-        else ()
-    )
-    read = {*EVALUATION, *drawn, *own_flags(config)}
-    return sorted(name for name in config.given if name not in read)
+def without_effect(config, world: int) -> list[str]:
+    """A sentence for each flag that was given and has no effect with the others as given.
+
+    world: the number of ranks. A flag at its default is not mentioned, nor is one that a resumed
+    run reads from its own config.yaml.
+    """
+    sentences = {}
+    for flags, is_idle, why in _idle_flags(config, world):
+        for flag in flags:
+            changed = getattr(config, flag) != _default(config, flag)
+            if is_idle and changed and flag in config.given:
+                sentences.setdefault(flag, f"--{flag} has no effect: {why}")
+    if config.num_iterations == 1 and config.loss_type in ON_POLICY and "loss_type" in config.given:
+        gradient = f"the gradient is {ON_POLICY[config.loss_type]}'s"
+        sentences["loss_type"] = f"--loss_type {config.loss_type}: {ONE_UPDATE}, so {gradient}"
+    return list(sentences.values())
 
 
-def check_effects(config, world: int) -> None:
-    """Raises UserError naming a flag that was given and has no effect with `world` ranks."""
-    adapters = "it is for --use_peft"
-    still = config.num_iterations == 1 and "with --num_iterations 1 every ratio is 1"
-    unsharded = world == 1 and "with one rank nothing is sharded"
-    unsharded = unsharded or (config.use_peft and "with --use_peft every rank holds all weights")
-    no_effect = {
-        "timeout": world == 1 and "with one rank there is no other to wait for",
-        "shard_size": unsharded,
-        "reshard_after_forward": unsharded,
-        "cpu_offload": config.use_peft
-        and "with --use_peft there is neither a reference nor a large optimizer",
-        "optim": config.use_peft
-        and "adapters are few, their masters and moments are float32 (adamw_torch)",
-        "run_name": not config.trackers and "it names the run for --report_to",
-        "freeze_vision": config.use_peft
-        and "with --use_peft the vision tower stays as it is, "
-        "but for layers that --lora_target_modules names",
-        "load_in_4bit": not config.use_peft and adapters,
-        "lora_r": not config.use_peft and adapters,
-        "lora_alpha": not config.use_peft and adapters,
-        "lora_target_modules": (not config.use_peft and adapters)
-        or (config.adapter_name_or_path and "--adapter_name_or_path decides it"),
-        "use_rslora": not config.use_peft and adapters,
-        "adapter_name_or_path": not config.use_peft and adapters,
-        "resume_from_checkpoint": config.eval_only and "--eval_only trains nothing",
-        "gpu_memory": not config.dry_run and "it is for --dry_run",
-        "loss_type": config.loss_type in OFF_POLICY and still,
-        **dict.fromkeys(RATIO, still),
-        "max_sampling_rounds": not config.dynamic_sampling and "it is for --dynamic_sampling",
-    }
-    for name, why in no_effect.items():
-        changed = getattr(config, name) != config.__dataclass_fields__[name].default
-        if why and changed and name in config.given:
-            like = OFF_POLICY.get(getattr(config, name))
-            instead = f"take --{name} {like}" if like else "leave it out"
-            more = "take 2 or more, or " if why is still else ""
-            raise UserError(f"--{name} has no effect here: {why}; {more}{instead}")
+def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
+    """(flags, whether they have no effect with the others as given, why), of all that may not."""
+    loss, one_update, adapters = config.loss_type, config.num_iterations == 1, config.use_peft
+    temperatures = ("sapo_temperature_pos", "sapo_temperature_neg")
+    ratio = ("importance_sampling_level", "epsilon", "delta", *temperatures)
+    ratio += () if loss == "cispo" else ("epsilon_high",)  # cispo asks for it all the same
+    lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+    sharding = ("shard_size", "reshard_after_forward")
+    clipped = f"it is for --loss_type {', '.join(CLIPPED[:-1])} or {CLIPPED[-1]}"
+    epochs = f"--max_steps {config.max_steps} decides"
+    return [
+        (ratio, one_update, ONE_UPDATE),
+        (("epsilon", "delta"), loss not in CLIPPED, clipped),
+        (("epsilon_high",), loss == "sapo", "--loss_type sapo has a soft gate in its place"),
+        (temperatures, loss != "sapo", "it is for --loss_type sapo"),
+        (("kl_estimator", "kl_alarm"), config.beta == 0, "--beta 0 has no KL term"),
+        (("max_sampling_rounds",), not config.dynamic_sampling, "it is for --dynamic_sampling"),
+        (("num_train_epochs",), config.max_steps is not None, epochs),
+        (lora, not adapters, "it is for --use_peft, without which all weights are trained"),
+        (("freeze_vision",), adapters, "with --use_peft the vision tower is frozen anyway"),
+        (("timeout",), world == 1, "with one rank there is no other to wait for"),
+        (sharding, world == 1, "with one rank nothing is sharded"),
+        (sharding, adapters, "with --use_peft every rank holds all weights"),
+        (("run_name",), not config.trackers, "it names the run for --report_to"),
+    ]
+
+
+def _default(config, flag: str):
+    return config.__dataclass_fields__[flag].default
+
+
+def _typed(flag: str, value) -> str:
+    """A flag as one would type it."""
+    if value is True:
+        return f"--{flag}"
+    words = value if isinstance(value, list | tuple) else [value]
+    return " ".join([f"--{flag}", *(f"{w:g}" if isinstance(w, float) else str(w) for w in words)])
