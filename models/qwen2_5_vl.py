@@ -10,7 +10,6 @@ from models.config import (
     Table,
     VisionConfig,
     check_sizes,
-    flat_config,
     shared_fields,
     shared_vision_fields,
     text_table,
@@ -52,33 +51,6 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if vision.window_size < vision.spatial_merge_size * vision.patch_size:
         raise UserError(f"{where}: a window of {vision.window_size} pixels holds no token")
     return check_sizes(config, where)
-
-
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return flat_config(
-        config,
-        "Qwen2_5_VLForConditionalGeneration",
-        dtype,
-        {
-            "model_type": MODEL_TYPE,
-            "depth": vision.depth,
-            "hidden_act": "silu",
-            "hidden_size": vision.embed_dim,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "in_channels": vision.in_channels,
-            "in_chans": vision.in_channels,
-            "out_hidden_size": vision.hidden_size,
-            "patch_size": vision.patch_size,
-            "spatial_patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
-        },
-    )
 
 
 class VisionTower(Tower):

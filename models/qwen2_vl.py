@@ -9,7 +9,6 @@ from models.config import (
     Table,
     VisionConfig,
     check_sizes,
-    flat_config,
     rope_table,
     shared_fields,
     shared_vision_fields,
@@ -67,31 +66,6 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
         "mrope_interleaved": False,
     }
-
-
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return flat_config(
-        config,
-        "Qwen2VLForConditionalGeneration",
-        dtype,
-        {
-            "model_type": MODEL_TYPE,
-            "depth": vision.depth,
-            "embed_dim": vision.embed_dim,
-            "hidden_size": vision.hidden_size,
-            "hidden_act": "quick_gelu",
-            "mlp_ratio": vision.intermediate_size // vision.embed_dim,
-            "num_heads": vision.num_heads,
-            "in_channels": vision.in_channels,
-            "in_chans": vision.in_channels,
-            "patch_size": vision.patch_size,
-            "spatial_patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-        },
-    )
 
 
 class QuickGELUMLP(nn.Module):

@@ -66,62 +66,6 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     return check_sizes(config, where)
 
 
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "dtype": dtype,
-            "head_dim": config.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.max_position_embeddings,
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_key_value_heads,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_scaling": {
-                "mrope_interleaved": True,
-                "mrope_section": list(config.mrope_section),
-                "rope_type": "default",
-            },
-            "rope_theta": config.rope_theta,
-            "tie_word_embeddings": config.tie_word_embeddings,
-            "use_cache": True,
-            "vocab_size": config.vocab_size,
-        },
-        "vision_config": {
-            "model_type": MODEL_TYPE,
-            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
-            "depth": vision.depth,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": vision.embed_dim,
-            "in_channels": vision.in_channels,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "num_position_embeddings": vision.num_position_embeddings,
-            "out_hidden_size": vision.hidden_size,
-            "patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        },
-    }
-
-
 class TanhGELUMLP(nn.Module):
     """Feed-forward, (patches, embed_dim) -> the same."""
 
