@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from data.errors import UserError
 from models.attention import Bounds
 from models.config import (
+    ConfigPart,
     QwenVLConfig,
-    Table,
     VisionConfig,
     check_sizes,
+    decoder_part,
     shared_fields,
     shared_vision_fields,
-    text_table,
 )
 from models.layers import RMSNorm, SwiGLU
 from models.qwen2_vl import decoder_fields
@@ -29,7 +29,7 @@ KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for th
 def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
-    text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
+    text, vision = decoder_part(raw, where), ConfigPart(raw.get("vision_config"), where)
     vision.allow("hidden_act", "silu")
     depth, fields = vision.size("depth"), shared_fields(raw, where)
     config = QwenVLConfig(

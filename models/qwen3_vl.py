@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from models.config import (
+    ConfigPart,
     QwenVLConfig,
-    Table,
     VisionConfig,
     check_sizes,
-    rope_table,
+    decoder_part,
+    rope_part,
     shared_fields,
     shared_vision_fields,
-    text_table,
 )
 from models.transfer import to_device
 from models.vision import Tower, VisionBlock
@@ -28,8 +28,8 @@ KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for th
 def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
-    text, rope = text_table(raw, where), rope_table(raw, where)
-    vision = Table(raw.get("vision_config"), where)
+    text, rope = decoder_part(raw, where), rope_part(raw, where)
+    vision = ConfigPart(raw.get("vision_config"), where)
     vision.allow("hidden_act", "gelu_pytorch_tanh")
     text.allow("attention_bias", False)
     rope.allow("mrope_interleaved", True)
