@@ -8,15 +8,15 @@ training; the caption counts all of them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from data.errors import UserError
 from data.images import open_image
 from data.load import load
+from grpo.report.read import read_run
 from rewards.boxes import parse_boxes, read_boxes, solution_kind
 from rewards.coco import category
 
@@ -31,32 +31,21 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-class Run:
-    """What a run folder holds: its steps, and the first and last held-out answers."""
+class DemoRun:
+    """A run as the picture shows it: curve, held-out means, and the first and last answers."""
 
     def __init__(self, folder: Path):
-        try:
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            evaluated = [line["step"] for line in lines if any("eval/" in name for name in line)]
-            first, last = (
-                [json.loads(line) for line in (folder / f"eval-{step}.jsonl").open()]
-                for step in (evaluated[0], evaluated[-1])
-            )
-        except (OSError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{folder}: not the folder of a finished run with a held-out evaluation ({error})"
-            ) from error
-        self.rows = load(config["dataset_name"], config.get("dataset_test_split") or "test")
-        self.term = next(iter(first[0]["rewards"]))
-        self.pairs = list(zip(first, last, strict=True))
-        name = f"rewards/{self.term}/mean"
-        self.curve = [(line["step"], line[name]) for line in lines if name in line]
-        self.held_out = [
-            (line["step"], line[f"eval/{self.term}"])
-            for line in lines
-            if f"eval/{self.term}" in line
-        ]
+        run = read_run(folder)
+        answers = run.answers()
+        if len(answers) < 2 or not run.training:
+            raise UserError(f"{folder}: a run without held-out evaluations before and after")
+        (_, first), (_, last) = answers
+        self.rows = load(run.config["dataset_name"], run.config.get("dataset_test_split") or "test")
+        self.pairs = [(first[row], record) for row, record in last.items()]
+        self.term = next(iter(self.pairs[0][0]["rewards"]))
+        mean, held_out = f"rewards/{self.term}/mean", f"eval/{self.term}"
+        self.curve = [(line["step"], line[mean]) for line in run.training]
+        self.held_out = [(line["step"], line[held_out]) for line in run.evaluations]
         self.boxes = solution_kind(self.rows[0].solution) == "boxes"
 
     def examples(self) -> list[tuple]:
@@ -72,7 +61,7 @@ class Run:
         return list(chosen.values())[:SHOWN]
 
 
-def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: Run, top: int) -> None:
+def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: DemoRun, top: int) -> None:
     title = "Find the object" if run.boxes else "Name the flower"
     canvas.text((MARGIN, top), title, INK, font(40))
     means = [sum(r[i]["rewards"][run.term] for r in run.pairs) / len(run.pairs) for i in (0, 1)]
@@ -114,7 +103,7 @@ def draw_boxes(canvas, corner, solution: str, before: str | None, after: str | N
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=width)
 
 
-def draw_curve(canvas, run: Run, area: tuple[int, int, int, int]) -> None:
+def draw_curve(canvas, run: DemoRun, area: tuple[int, int, int, int]) -> None:
     """The term's mean in each step's completions, and its held-out means as dots."""
     left, top, right, bottom = area
     left, top = left + 44, top + 50
@@ -143,8 +132,8 @@ def draw_curve(canvas, run: Run, area: tuple[int, int, int, int]) -> None:
 
 
 def picture(folders: list[Path], output: Path) -> None:
-    """Draws the panels of the runs below each other. Raises ValueError for a folder of no use."""
-    runs = [Run(folder) for folder in folders]
+    """Draws the panels of the runs below each other. Raises UserError for a folder of no use."""
+    runs = [DemoRun(folder) for folder in folders]
     page = Image.new("RGB", (WIDTH, MARGIN + PANEL * len(runs)), "white")
     canvas = ImageDraw.Draw(page)
     for number, run in enumerate(runs):
@@ -159,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         picture(arguments.runs, arguments.output)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
