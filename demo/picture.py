@@ -74,8 +74,8 @@ def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: DemoRun, top
         x += canvas.textlength(text, font(26))
     legend = "  (white: the true box)" if run.boxes else ""
     canvas.text((x, top + 58), f" after {run.curve[-1][0]} steps{legend}", GREY, font(26))
-    for place, (row, before, after) in enumerate(run.examples()):
-        corner = (MARGIN + place * (IMAGE + GAP), top + 116)
+    for column, (row, before, after) in enumerate(run.examples()):
+        corner = (MARGIN + column * (IMAGE + GAP), top + 116)
         image = open_image(row.images[0]).resize((IMAGE, IMAGE), Image.Resampling.LANCZOS)
         page.paste(image, corner)
         below = corner[1] + IMAGE + 12
@@ -109,24 +109,24 @@ def draw_curve(canvas, run: DemoRun, area: tuple[int, int, int, int]) -> None:
     left, top = left + 44, top + 50
     steps = max(step for step, _ in run.curve)
 
-    def place(step: float, value: float) -> tuple[float, float]:
+    def at(step: float, value: float) -> tuple[float, float]:
         return left + (right - left) * step / steps, bottom - (bottom - top) * value
 
     canvas.text((left, area[1]), f"{NAMES.get(run.term, run.term)} while training", GREY, font(24))
     for value in (0.0, 0.5, 1.0):
-        canvas.line((place(0, value), place(steps, value)), PALE, 2)
-        canvas.text((left - 12, place(0, value)[1]), f"{value:g}", GREY, font(22), anchor="rm")
+        canvas.line((at(0, value), at(steps, value)), PALE, 2)
+        canvas.text((left - 12, at(0, value)[1]), f"{value:g}", GREY, font(22), anchor="rm")
     for step in (0, steps):
-        canvas.text((place(step, 0)[0], bottom + 16), str(step), GREY, font(22), anchor="ma")
-    canvas.text((place(steps / 2, 0)[0], bottom + 16), "step", GREY, font(22), anchor="ma")
-    canvas.line([place(*point) for point in run.curve], "#d1d5db", 2, joint="curve")
+        canvas.text((at(step, 0)[0], bottom + 16), str(step), GREY, font(22), anchor="ma")
+    canvas.text((at(steps / 2, 0)[0], bottom + 16), "step", GREY, font(22), anchor="ma")
+    canvas.line([at(step, value) for step, value in run.curve], "#d1d5db", 2, joint="curve")
     smooth, points = 10, []
     for index in range(len(run.curve)):
         window = [value for _, value in run.curve[max(0, index + 1 - smooth) : index + 1]]
-        points.append(place(run.curve[index][0], sum(window) / len(window)))
+        points.append(at(run.curve[index][0], sum(window) / len(window)))
     canvas.line(points, "#0969da", 5, joint="curve")
     for step, value in run.held_out:
-        x, y = place(step, value)
+        x, y = at(step, value)
         colour = BEFORE if step == run.held_out[0][0] else AFTER
         canvas.ellipse((x - 11, y - 11, x + 11, y + 11), colour, "white", 3)
 

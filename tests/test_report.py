@@ -166,7 +166,7 @@ def test_a_run_in_progress_is_read(tmp_path):
         cut(folder / name)
     run = read_run(folder)
     assert [line["step"] for line in run.evaluations] == [0] and run.step == 3
-    assert Completions(folder / "completions.jsonl").group((3, 1))[-1]["sample"] == 2
+    assert Completions(folder / "completions.jsonl").group(3, 1)[-1]["sample"] == 2
     assert "3 of 3 steps" in run_page(run)
     for name in ("metrics.jsonl", "completions.jsonl"):
         (folder / name).write_text("")
@@ -178,9 +178,9 @@ def test_completions_are_found_by_group(tmp_path):
     completions = Completions(folder / "completions.jsonl")
     every = runs.read_lines(folder / "completions.jsonl")
     assert completions.groups == [(step, prompt) for step in (1, 2, 3, 4) for prompt in (0, 1)]
-    for place in completions.groups:
-        wanted = [line for line in every if (line["step"], line["prompt"]) == place]
-        assert completions.group(place) == wanted and len(wanted) == 4
+    for group in completions.groups:
+        wanted = [line for line in every if (line["step"], line["prompt"]) == group]
+        assert completions.group(*group) == wanted and len(wanted) == 4
 
 
 def replaced(name: str, line: bytes, number: int = 3):
@@ -608,7 +608,7 @@ def test_everything_is_reached_by_the_keyboard(browser, plain):
     assert len(texts) > 10 and all(texts)
     dead = found(browser, ".group[data-life=dead]")
     groups = Completions(plain / "completions.jsonl")
-    equal = [len({line["reward"] for line in groups.group(place)}) == 1 for place in groups.groups]
+    equal = [len({line["reward"] for line in groups.group(*group)}) == 1 for group in groups.groups]
     assert len(dead) == sum(equal) and len(found(browser, ".group")) == len(equal)
 
 
