@@ -52,7 +52,6 @@ COMPARED = 8  # of the peer's steps are made here too
 def flags(settings: dict) -> list[str]:
     """What the script is told besides the demo's own flags."""
     line = f"--seed {settings['seed']} --eval_steps {settings['every']} --bf16 false "
-    line += "--report_steps 0 "  # no report is written beside the training
     line += f"--max_steps {settings['steps']} " if settings["steps"] else ""
     line += f"--eval_samples {settings['held_out']} " if settings["held_out"] else ""
     return [*line.split(), "--output_dir", str(Path(settings["folder"]) / f"run-{os.getpid()}")]

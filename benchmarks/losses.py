@@ -43,7 +43,7 @@ WATCHED += ("cispo_clip_ratio", "clip_ratio/delta_mean", "step_time")
 def run(script: str, recipe: str, seed: int, steps: int) -> dict:
     """What one run ends with, and means over all of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = f"--num_iterations 2 --seed {seed} --max_steps {steps} --report_steps 0 "
+        argv = f"--num_iterations 2 --seed {seed} --max_steps {steps} "
         argv += f"--diagnose_after 0 --output_dir {folder}/run {RECIPES[recipe]}"
         command = [sys.executable, f"train_{script}.py", *argv.split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from demo import make_cls as demo
+from demo.published import save_model
 from demo.warm_start import SPECIAL, make_folder
-from models.families import config_dict, parse_config
-from models.load import save_model
+from models.families import parse_config
 from models.qwen_vl import QwenVL
 
 SIZES = {
@@ -108,10 +108,8 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
         }
         write(folder / "preprocessor_config.json", processor | {"patch_size": 16})
     raw["vision_config"] = vision
-    config = parse_config(raw, size)
-    write(folder / "config.json", config_dict(config, "float32"))
-    model = QwenVL(config).initialize(torch.Generator().manual_seed(0))
-    save_model(dict(model.named_parameters()), model, folder, folder)
+    model = QwenVL(parse_config(raw, size)).initialize(torch.Generator().manual_seed(0))
+    save_model(model, folder)
     return folder
 
 

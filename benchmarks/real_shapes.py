@@ -24,9 +24,9 @@ import train_cls
 from benchmarks.material import PROCESSORS, make_images, make_vocabulary, write
 from benchmarks.memory import SIZES, published
 from benchmarks.step import random_reward
+from demo.published import save_model
 from models.decoding.storage import allocate
-from models.families import config_dict, parse_config
-from models.load import save_model
+from models.families import parse_config
 from models.qwen_vl import QwenVL
 
 
@@ -43,11 +43,10 @@ def make(folder: Path, name: str) -> Path:
     settings |= {"patch_size": config.vision.patch_size, "max_pixels": 1024 * 1024}
     settings["processor_class"] = PROCESSORS[config.family]
     write(folder / "preprocessor_config.json", settings)
-    write(folder / "config.json", config_dict(config, "bfloat16"))
     with torch.device("meta"):
         model = QwenVL(config)
     model = allocate(model, torch.bfloat16, "cpu").initialize(torch.Generator().manual_seed(0))
-    save_model(dict(model.named_parameters()), model, folder, folder, torch.bfloat16)
+    save_model(model, folder, torch.bfloat16)
     return folder
 
 

@@ -8,15 +8,15 @@ training; the caption counts all of them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from data.errors import UserError
 from data.images import open_image
 from data.load import load
+from grpo.report.read import read_run
 from rewards.boxes import parse_boxes, read_boxes, solution_kind
 from rewards.coco import category
 
@@ -31,32 +31,21 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-class Run:
-    """What a run folder holds: its steps, and the first and last held-out answers."""
+class DemoRun:
+    """A run as the picture shows it: curve, held-out means, and the first and last answers."""
 
     def __init__(self, folder: Path):
-        try:
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            evaluated = [line["step"] for line in lines if any("eval/" in name for name in line)]
-            first, last = (
-                [json.loads(line) for line in (folder / f"eval-{step}.jsonl").open()]
-                for step in (evaluated[0], evaluated[-1])
-            )
-        except (OSError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{folder}: not the folder of a finished run with a held-out evaluation ({error})"
-            ) from error
-        self.rows = load(config["dataset_name"], config.get("dataset_test_split") or "test")
-        self.term = next(iter(first[0]["rewards"]))
-        self.pairs = list(zip(first, last, strict=True))
-        name = f"rewards/{self.term}/mean"
-        self.curve = [(line["step"], line[name]) for line in lines if name in line]
-        self.held_out = [
-            (line["step"], line[f"eval/{self.term}"])
-            for line in lines
-            if f"eval/{self.term}" in line
-        ]
+        run = read_run(folder)
+        answers = run.answers()
+        if len(answers) < 2 or not run.training:
+            raise UserError(f"{folder}: a run without held-out evaluations before and after")
+        (_, first), (_, last) = answers
+        self.rows = load(run.config["dataset_name"], run.config.get("dataset_test_split") or "test")
+        self.pairs = [(first[row], record) for row, record in last.items()]
+        self.term = next(iter(self.pairs[0][0]["rewards"]))
+        mean, held_out = f"rewards/{self.term}/mean", f"eval/{self.term}"
+        self.curve = [(line["step"], line[mean]) for line in run.training]
+        self.held_out = [(line["step"], line[held_out]) for line in run.evaluations]
         self.boxes = solution_kind(self.rows[0].solution) == "boxes"
 
     def examples(self) -> list[tuple]:
@@ -72,7 +61,7 @@ class Run:
         return list(chosen.values())[:SHOWN]
 
 
-def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: Run, top: int) -> None:
+def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: DemoRun, top: int) -> None:
     title = "Find the object" if run.boxes else "Name the flower"
     canvas.text((MARGIN, top), title, INK, font(40))
     means = [sum(r[i]["rewards"][run.term] for r in run.pairs) / len(run.pairs) for i in (0, 1)]
@@ -85,8 +74,8 @@ def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: Run, top: in
         x += canvas.textlength(text, font(26))
     legend = "  (white: the true box)" if run.boxes else ""
     canvas.text((x, top + 58), f" after {run.curve[-1][0]} steps{legend}", GREY, font(26))
-    for place, (row, before, after) in enumerate(run.examples()):
-        corner = (MARGIN + place * (IMAGE + GAP), top + 116)
+    for column, (row, before, after) in enumerate(run.examples()):
+        corner = (MARGIN + column * (IMAGE + GAP), top + 116)
         image = open_image(row.images[0]).resize((IMAGE, IMAGE), Image.Resampling.LANCZOS)
         page.paste(image, corner)
         below = corner[1] + IMAGE + 12
@@ -114,37 +103,37 @@ def draw_boxes(canvas, corner, solution: str, before: str | None, after: str | N
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=width)
 
 
-def draw_curve(canvas, run: Run, area: tuple[int, int, int, int]) -> None:
+def draw_curve(canvas, run: DemoRun, area: tuple[int, int, int, int]) -> None:
     """The term's mean in each step's completions, and its held-out means as dots."""
     left, top, right, bottom = area
     left, top = left + 44, top + 50
     steps = max(step for step, _ in run.curve)
 
-    def place(step: float, value: float) -> tuple[float, float]:
+    def at(step: float, value: float) -> tuple[float, float]:
         return left + (right - left) * step / steps, bottom - (bottom - top) * value
 
     canvas.text((left, area[1]), f"{NAMES.get(run.term, run.term)} while training", GREY, font(24))
     for value in (0.0, 0.5, 1.0):
-        canvas.line((place(0, value), place(steps, value)), PALE, 2)
-        canvas.text((left - 12, place(0, value)[1]), f"{value:g}", GREY, font(22), anchor="rm")
+        canvas.line((at(0, value), at(steps, value)), PALE, 2)
+        canvas.text((left - 12, at(0, value)[1]), f"{value:g}", GREY, font(22), anchor="rm")
     for step in (0, steps):
-        canvas.text((place(step, 0)[0], bottom + 16), str(step), GREY, font(22), anchor="ma")
-    canvas.text((place(steps / 2, 0)[0], bottom + 16), "step", GREY, font(22), anchor="ma")
-    canvas.line([place(*point) for point in run.curve], "#d1d5db", 2, joint="curve")
+        canvas.text((at(step, 0)[0], bottom + 16), str(step), GREY, font(22), anchor="ma")
+    canvas.text((at(steps / 2, 0)[0], bottom + 16), "step", GREY, font(22), anchor="ma")
+    canvas.line([at(step, value) for step, value in run.curve], "#d1d5db", 2, joint="curve")
     smooth, points = 10, []
     for index in range(len(run.curve)):
         window = [value for _, value in run.curve[max(0, index + 1 - smooth) : index + 1]]
-        points.append(place(run.curve[index][0], sum(window) / len(window)))
+        points.append(at(run.curve[index][0], sum(window) / len(window)))
     canvas.line(points, "#0969da", 5, joint="curve")
     for step, value in run.held_out:
-        x, y = place(step, value)
+        x, y = at(step, value)
         colour = BEFORE if step == run.held_out[0][0] else AFTER
         canvas.ellipse((x - 11, y - 11, x + 11, y + 11), colour, "white", 3)
 
 
 def picture(folders: list[Path], output: Path) -> None:
-    """Draws the panels of the runs below each other. Raises ValueError for a folder of no use."""
-    runs = [Run(folder) for folder in folders]
+    """Draws the panels of the runs below each other. Raises UserError for a folder of no use."""
+    runs = [DemoRun(folder) for folder in folders]
     page = Image.new("RGB", (WIDTH, MARGIN + PANEL * len(runs)), "white")
     canvas = ImageDraw.Draw(page)
     for number, run in enumerate(runs):
@@ -159,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         picture(arguments.runs, arguments.output)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

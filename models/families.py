@@ -13,7 +13,7 @@ REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the
 
 
 def family_of(config: QwenVLConfig) -> ModuleType:
-    """The file with this model's `read`, `write`, `VisionTower` and what it was taught."""
+    """The file with this model's `read`, `VisionTower` and what it was taught."""
     return FAMILIES[config.family]
 
 
@@ -55,11 +55,6 @@ def parse_config(raw: dict, where: str) -> QwenVLConfig:
             f"the checkpoint in bfloat16"
         )
     return FAMILIES[found].read(raw, where)
-
-
-def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
-    """config.json in the form that the family is published in; `dtype` is the weights' on disk."""
-    return family_of(config).write(config, dtype)
 
 
 def published_name(name: str, config: QwenVLConfig) -> str:

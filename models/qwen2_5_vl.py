@@ -6,14 +6,13 @@ from torch import Tensor, nn
 from data.errors import UserError
 from models.attention import Bounds
 from models.config import (
+    ConfigPart,
     QwenVLConfig,
-    Table,
     VisionConfig,
     check_sizes,
-    flat_config,
+    decoder_part,
     shared_fields,
     shared_vision_fields,
-    text_table,
 )
 from models.layers import RMSNorm, SwiGLU
 from models.qwen2_vl import decoder_fields
@@ -30,7 +29,7 @@ KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for th
 def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
-    text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
+    text, vision = decoder_part(raw, where), ConfigPart(raw.get("vision_config"), where)
     vision.allow("hidden_act", "silu")
     depth, fields = vision.size("depth"), shared_fields(raw, where)
     config = QwenVLConfig(
@@ -52,33 +51,6 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if vision.window_size < vision.spatial_merge_size * vision.patch_size:
         raise UserError(f"{where}: a window of {vision.window_size} pixels holds no token")
     return check_sizes(config, where)
-
-
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return flat_config(
-        config,
-        "Qwen2_5_VLForConditionalGeneration",
-        dtype,
-        {
-            "model_type": MODEL_TYPE,
-            "depth": vision.depth,
-            "hidden_act": "silu",
-            "hidden_size": vision.embed_dim,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "in_channels": vision.in_channels,
-            "in_chans": vision.in_channels,
-            "out_hidden_size": vision.hidden_size,
-            "patch_size": vision.patch_size,
-            "spatial_patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
-        },
-    )
 
 
 class VisionTower(Tower):

@@ -5,15 +5,14 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from models.config import (
+    ConfigPart,
     QwenVLConfig,
-    Table,
     VisionConfig,
     check_sizes,
-    flat_config,
-    rope_table,
+    decoder_part,
+    rope_part,
     shared_fields,
     shared_vision_fields,
-    text_table,
 )
 from models.vision import PatchMerger, Tower, VisionBlock
 
@@ -27,7 +26,7 @@ KEPT_BY_VISION_MLP = 3  # tensors of its inner width that autograd keeps: for th
 def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
-    text, vision = text_table(raw, where), Table(raw.get("vision_config"), where)
+    text, vision = decoder_part(raw, where), ConfigPart(raw.get("vision_config"), where)
     vision.allow("hidden_act", "quick_gelu")
     width = vision.size("embed_dim")
     fields = shared_fields(raw, where)
@@ -51,7 +50,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
 
 def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
     """What the decoders of Qwen2-VL and Qwen2.5-VL have in common. Raises UserError."""
-    rope, heads = rope_table(raw, where), fields["num_attention_heads"]
+    rope, heads = rope_part(raw, where), fields["num_attention_heads"]
     if fields["hidden_size"] % heads:
         raise UserError(
             f"{where}: hidden_size {fields['hidden_size']} does not divide into {heads} heads"
@@ -67,31 +66,6 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
         "mrope_interleaved": False,
     }
-
-
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return flat_config(
-        config,
-        "Qwen2VLForConditionalGeneration",
-        dtype,
-        {
-            "model_type": MODEL_TYPE,
-            "depth": vision.depth,
-            "embed_dim": vision.embed_dim,
-            "hidden_size": vision.hidden_size,
-            "hidden_act": "quick_gelu",
-            "mlp_ratio": vision.intermediate_size // vision.embed_dim,
-            "num_heads": vision.num_heads,
-            "in_channels": vision.in_channels,
-            "in_chans": vision.in_channels,
-            "patch_size": vision.patch_size,
-            "spatial_patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-        },
-    )
 
 
 class QuickGELUMLP(nn.Module):

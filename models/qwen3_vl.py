@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from models.config import (
+    ConfigPart,
     QwenVLConfig,
-    Table,
     VisionConfig,
     check_sizes,
-    rope_table,
+    decoder_part,
+    rope_part,
     shared_fields,
     shared_vision_fields,
-    text_table,
 )
 from models.transfer import to_device
 from models.vision import Tower, VisionBlock
@@ -28,8 +28,8 @@ KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for th
 def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
-    text, rope = text_table(raw, where), rope_table(raw, where)
-    vision = Table(raw.get("vision_config"), where)
+    text, rope = decoder_part(raw, where), rope_part(raw, where)
+    vision = ConfigPart(raw.get("vision_config"), where)
     vision.allow("hidden_act", "gelu_pytorch_tanh")
     text.allow("attention_bias", False)
     rope.allow("mrope_interleaved", True)
@@ -64,62 +64,6 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if round(entries**0.5) ** 2 != entries:
         raise UserError(f"{where}: num_position_embeddings is {entries}, not a square")
     return check_sizes(config, where)
-
-
-def write(config: QwenVLConfig, dtype: str) -> dict:
-    """config.json as it is published; `dtype` is the weights' on disk."""
-    vision = config.vision
-    return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "dtype": dtype,
-            "head_dim": config.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.max_position_embeddings,
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_key_value_heads,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_scaling": {
-                "mrope_interleaved": True,
-                "mrope_section": list(config.mrope_section),
-                "rope_type": "default",
-            },
-            "rope_theta": config.rope_theta,
-            "tie_word_embeddings": config.tie_word_embeddings,
-            "use_cache": True,
-            "vocab_size": config.vocab_size,
-        },
-        "vision_config": {
-            "model_type": MODEL_TYPE,
-            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
-            "depth": vision.depth,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": vision.embed_dim,
-            "in_channels": vision.in_channels,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "num_position_embeddings": vision.num_position_embeddings,
-            "out_hidden_size": vision.hidden_size,
-            "patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        },
-    }
 
 
 class TanhGELUMLP(nn.Module):

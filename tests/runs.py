@@ -16,10 +16,11 @@ from PIL import Image
 import train_cls
 from benchmarks.material import PROCESSORS
 from data.flowers import rows
+from demo.published import save_model
 from grpo.reward import Record
 from grpo.rollout import Group
 from models.families import parse_config
-from models.load import load_model, save_model
+from models.load import load_model
 from models.processor import Processor
 from models.qwen_vl import QwenVL, image_features
 
@@ -149,7 +150,8 @@ def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:
     settings["processor_class"] = PROCESSORS[family]
     raw["vision_config"] = vision
     model = QwenVL(parse_config(raw, "test")).initialize(torch.Generator().manual_seed(0))
-    save_model(dict(model.named_parameters()), model, folder, SHARED / "qwen2_tokenizer")
+    shutil.copytree(SHARED / "qwen2_tokenizer", folder, dirs_exist_ok=True)
+    save_model(model, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
 

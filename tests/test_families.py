@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from benchmarks.memory import SIZES, published
+from demo.published import save_model
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
@@ -18,7 +19,7 @@ from models.decoding.draw import Sampling
 from models.decoding.generate import generate
 from models.decoding.storage import joined
 from models.families import FAMILIES, parameter_name, parse_config, read_config
-from models.load import load_model, save_model, weight_files
+from models.load import load_model, weight_files
 from models.qwen_vl import image_features, with_image_features
 from tests.peer import own_hidden, reference_inputs, reference_model
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
@@ -160,7 +161,7 @@ def test_checkpoints_in_both_directions_and_both_layouts(tmp_path, family, tied)
     expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
 
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    save_model(dict(model.named_parameters()), model, ours, ours)
+    save_model(model, ours)
     raw = json.loads((ours / "config.json").read_text())
     assert ("text_config" in raw) == (family == "qwen3_vl"), "not as this family is published"
     names = [name for path in weight_files(ours) for name in load_names(path)]
@@ -231,7 +232,7 @@ def test_what_is_not_done_here_is_refused(change, message):
 @by_family
 def test_what_decoding_reads_as_one_matrix_is_no_copy(tmp_path, family, dtype):
     model = tiny_model(family_config(family), torch.float32)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
+    save_model(model, tmp_path)
     loaded = load_model(tmp_path, dtype, "cpu")
     for layer in loaded.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -256,7 +257,7 @@ def test_what_decoding_reads_as_one_matrix_is_no_copy(tmp_path, family, dtype):
 def test_a_head_that_only_claims_to_be_tied_is_refused(tmp_path):
     """Some tools write a tied head a second time; a head of its own must not be lost."""
     model = tiny_model(family_config("qwen3_vl", tied=True), torch.float32)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
+    save_model(model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     embedding = weights["model.language_model.embed_tokens.weight"]
     save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")

@@ -10,6 +10,7 @@ from torch import nn
 
 import train_cls
 import train_det
+from demo.published import save_model
 from grpo.engine.load import load_models
 from grpo.engine.ranks import Ranks
 from grpo.engine.shard import checksum, load_weights
@@ -18,7 +19,7 @@ from grpo.pack import make_packs
 from models.decoding.storage import allocate, joined
 from models.families import FAMILIES
 from models.four_bit import BYTES, FourBitLinear, four_bit_layers
-from models.load import empty_model, load_model, save_model
+from models.load import empty_model, load_model
 from models.lora import WEIGHTS, LoRA, initial, is_adapter, without_adapters
 from tests.runs import CHECKPOINT, SHORT, assert_resumes, read_lines, train
 from tests.test_families import groups_of
@@ -62,7 +63,7 @@ def test_a_layer_is_that_of_bitsandbytes(dtype):
 def quantized(folder, family: str, dtype=torch.float32):
     """(a model in 4 bits with adapters that are not 0, the same with these weights unpacked)."""
     plain = tiny_model(family_config(family), torch.float32, scale=2)
-    save_model(dict(plain.named_parameters()), plain, folder, folder)
+    save_model(plain, folder)
     lora = LoRA(3, 4.0, ("q_proj", "v_proj", "down_proj"))
     model = allocate(empty_model(folder, lora=lora, four_bit=True), dtype, "cpu")
     load_weights(model, folder)

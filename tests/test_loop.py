@@ -116,7 +116,7 @@ MAY_IMPORT = {
     "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", ERRORS),
     "grpo.engine": ("grpo.engine", "grpo.threads", "models", ERRORS),
     "grpo.threads": (),
-    "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: it runs beside the training
+    "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: a run waits for it
     "grpo": ("grpo", "models", ERRORS),
     "models": ("models", ERRORS),
     "data": ("data",),

@@ -13,6 +13,7 @@ from torch.func import functional_call
 import train_cls
 import train_det
 from benchmarks.memory import peak, published
+from demo.published import save_model
 from grpo.engine.adapters import lora_of
 from grpo.engine.optimizer import Optimizer
 from grpo.flags.config import TrainingConfig
@@ -20,7 +21,7 @@ from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.run.checks import check_copies
 from models.families import FAMILIES, parse_config
-from models.load import find_folder, load_model, save_model
+from models.load import find_folder, load_model
 from models.lora import (
     SETTINGS,
     WEIGHTS,
@@ -220,7 +221,7 @@ def test_ours_is_what_peft_saves(family, tmp_path):
             if "lora_B" in name:
                 parameter.normal_(0, 0.3)
     peer.save_pretrained(tmp_path / "adapter")
-    save_model(dict(model.named_parameters()), model, tmp_path / "base", tmp_path / "base")
+    save_model(model, tmp_path / "base")
     prompt = tiny_prompt(model.config, GRIDS["several"])
     expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
 

@@ -10,9 +10,10 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.nn.functional import linear
 
 import models.load
+from demo.published import save_model
 from models.attention import Bounds, attention, choose_implementation
 from models.families import parameter_name
-from models.load import load_model, save_model
+from models.load import load_model
 from models.prompt import mrope_position_ids
 from models.qwen_vl import image_features
 from tests.peer import own_hidden, reference_inputs, reference_model
@@ -203,7 +204,7 @@ def test_the_same_image_is_encoded_once(monkeypatch):
 def test_saved_checkpoints_load_here_and_in_transformers(tmp_path, monkeypatch, tied, dtype, most):
     monkeypatch.setattr(models.load, "MAX_FILE_BYTES", most)
     model = tiny_model(tiny_config(tied), torch.float32).to(dtype)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, dtype)
+    save_model(model, tmp_path, dtype)
     files = models.load.weight_files(tmp_path)
     assert sorted(files) == sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3 if most == 20_000 else [f.name for f in files] == ["model.safetensors"]
@@ -269,7 +270,7 @@ def test_checkpoints_that_transformers_writes_are_read(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     model = tiny_model(tiny_config(), torch.float32)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path, torch.float32)
+    save_model(model, tmp_path, torch.float32)
     return tmp_path
 
 

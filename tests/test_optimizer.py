@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from demo.published import config_dict
 from grpo.engine.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
 from grpo.engine.ranks import Ranks
 from grpo.run import checkpoint
@@ -17,6 +18,14 @@ from grpo.run.checkpoint import State, resume, save_checkpoint
 from tests.tiny import tiny_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The folder that the model of these tests came from, as far as a save looks at it."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "config.json").write_text(json.dumps(config_dict(tiny_config())))
+    return folder
 
 
 def gradients(model, seed):
@@ -109,7 +118,7 @@ def test_rates_are_those_of_transformers(schedule, warmup):
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype, optim):
+def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, source, dtype, optim):
     def start():
         model = tiny_model(tiny_config(), torch.float32).to(dtype)
         return model, Optimizer(model, 0.1, optim=optim)
@@ -118,7 +127,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype, optim):
     for step in range(2):
         gradients(model, step)
         optimizer.step(1e-2, 1.0)
-    folder = save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE)
+    folder = save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE)
     again, resumed = start()
     resume(folder, resumed, json.loads((folder / "state.json").read_text())["updates"])
     for m, o in ((model, optimizer), (again, resumed)):
@@ -129,20 +138,20 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, dtype, optim):
         assert torch.equal(model.get_parameter(name), again.get_parameter(name))
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, source):
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = Optimizer(model, 0.0)
     for step in (2, 9, 10):
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, State(step), ALONE, 2)
+        save_checkpoint(tmp_path, source, model, optimizer, State(step), ALONE, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
 
 
-def test_the_best_checkpoint_by_evaluation_is_kept(tmp_path):
+def test_the_best_checkpoint_by_evaluation_is_kept(tmp_path, source):
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = Optimizer(model, 0.0)
     for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.9), (5, 0.1), (6, None)):
         state = State(step, held_out=score)
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, state, ALONE, 1)
+        save_checkpoint(tmp_path, source, model, optimizer, state, ALONE, 1)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6"}
 
 
@@ -159,15 +168,15 @@ def fail_to_write(limit: int, call) -> None:
 
 
 @pytest.mark.parametrize("limit", [1000, 300_000, 600_000])
-def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
+def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, source, limit):
     """Neither weights (0.4 MB) nor moments (0.8 MB) fit, or the moments alone do not."""
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = Optimizer(model, 0.0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1), ALONE, 1)
+    save_checkpoint(tmp_path, source, model, optimizer, State(1), ALONE, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def save():
-        save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
+        save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
 
     with pytest.raises(ValueError, match=r"checkpoint-2 could not be written.*Kept: checkpoint-1"):
         fail_to_write(limit, save)
@@ -176,11 +185,11 @@ def test_a_save_that_finds_no_room_says_so_and_keeps_the_older(tmp_path, limit):
 
 
 @pytest.mark.parametrize("when", ["weights", "state", "rename"])
-def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, monkeypatch):
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, source, when, monkeypatch):
     """The process ends between any two calls: what is called checkpoint-N is whole."""
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = Optimizer(model, 0.0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1), ALONE, 1)
+    save_checkpoint(tmp_path, source, model, optimizer, State(1), ALONE, 1)
 
     class Killed(BaseException):
         pass
@@ -192,19 +201,19 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, when, mo
         where = {"weights": "save_tensors", "state": "save_config", "rename": "_flush"}[when]
         patch.setattr(checkpoint, where, kill)
         with pytest.raises(Killed):
-            save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
+            save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
     assert checkpoint.find_checkpoint("auto", tmp_path).name == "checkpoint-1"
     resume(tmp_path / "checkpoint-1", optimizer, 0)
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
+    save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_leftovers_go_with_the_next_save_and_a_damaged_one_is_not_the_best(tmp_path):
+def test_leftovers_go_with_the_next_save_and_a_damaged_one_is_not_the_best(tmp_path, source):
     model = tiny_model(tiny_config(), torch.float32)
     optimizer = Optimizer(model, 0.0)
     (tmp_path / ".checkpoint-7.partial").mkdir()
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(1, held_out=1.0), ALONE)
+    save_checkpoint(tmp_path, source, model, optimizer, State(1, held_out=1.0), ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     (tmp_path / "checkpoint-1" / "state.json").write_text("[")
-    save_checkpoint(tmp_path, tmp_path, model, optimizer, State(2), ALONE, 1)
+    save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

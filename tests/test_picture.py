@@ -18,7 +18,7 @@ def test_a_run_is_drawn(plain, tmp_path, monkeypatch):
 
 
 def test_the_examples_are_the_first_of_their_classes_that_were_wrong(plain):
-    run = demo.picture.Run(plain)
+    run = demo.picture.DemoRun(plain)
     classes, wrong = set(), []
     for before, _ in run.pairs:
         if before["rewards"]["accuracy"] < 1 and before["truth"] not in classes:
@@ -29,6 +29,9 @@ def test_the_examples_are_the_first_of_their_classes_that_were_wrong(plain):
 
 def test_another_folder_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["picture", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        demo.picture.main()
-    assert "not the folder of a finished run" in capsys.readouterr().err
+    for said in ("not the folder of a run", "a run without held-out evaluations before and after"):
+        with pytest.raises(SystemExit, match="2"):
+            demo.picture.main()
+        assert said in capsys.readouterr().err
+        (tmp_path / "config.yaml").write_text("seed: 0")
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -9,6 +9,7 @@ import torch
 
 import train_cls
 from benchmarks.memory import parameters, peak, published
+from demo.published import save_model
 from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
 from grpo.logps import pack_logps
@@ -18,7 +19,7 @@ from grpo.plan.memory import estimate_memory, peak_gb
 from grpo.plan.sizes import decoder_layer_parameters, vision_block_parameters
 from grpo.rollout import Group
 from models.families import parse_config
-from models.load import check_checkpoint, save_model
+from models.load import check_checkpoint
 from models.qwen_vl import QwenVL
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
@@ -78,7 +79,7 @@ def test_activations_are_predicted_within_a_fifth(checkpointing, frozen):
 def test_fixed_parts_are_the_sizes(tmp_path):
     config = tiny_config()
     model = tiny_model(config, torch.float32)
-    save_model(dict(model.named_parameters()), model, tmp_path, tmp_path)
+    save_model(model, tmp_path)
     read, total, vision = check_checkpoint(tmp_path)
     assert total == sum(p.numel() for p in model.parameters())
     assert vision == sum(p.numel() for p in model.visual.parameters())

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 import tests.runs
 import train_cls
+from demo.published import save_model
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
 from grpo.flags.combine import without_effect
 from grpo.run.clock import WHAT_TO_LOWER
-from models.load import load_model, save_model
+from models.load import load_model
 from tests.ranks import SMALL, score, uneven_packs
 from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
 from tests.tiny import family_config, tiny_model
@@ -116,7 +117,7 @@ def gradient_calls(folder: Path, world: int) -> list:
         if ranks == world:
             model = tiny_model(family_config(family, tied), torch.float32, scale=1)
             place = folder / f"gradient-{shard_size}-{family}-{tied}"
-            save_model(dict(model.named_parameters()), model, place, place)
+            save_model(model, place)
             calls.append(["gradient", [str(place), shard_size]])
     return calls
 

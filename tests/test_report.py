@@ -3,7 +3,6 @@
 import fcntl
 import html.parser
 import json
-import os
 import random
 import re
 import shutil
@@ -17,13 +16,14 @@ import pytest
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+import grpo.run.run
 from data.load import load
 from grpo.report import __main__ as command
 from grpo.report.page import run_page, visible
 from grpo.report.pictures import Picture, draw
 from grpo.report.read import Completions, read_run
 from grpo.report.sample import POINTS, evenly, extremes, pick_groups, rank_rows, trailing_mean
-from grpo.run.reporter import Reporter
+from grpo.run import reporter
 from models.processor import Processor
 from rewards.frames import FRAMES, Frames, frame_of
 from tests import runs
@@ -166,7 +166,7 @@ def test_a_run_in_progress_is_read(tmp_path):
         cut(folder / name)
     run = read_run(folder)
     assert [line["step"] for line in run.evaluations] == [0] and run.step == 3
-    assert Completions(folder / "completions.jsonl").group((3, 1))[-1]["sample"] == 2
+    assert Completions(folder / "completions.jsonl").group(3, 1)[-1]["sample"] == 2
     assert "3 of 3 steps" in run_page(run)
     for name in ("metrics.jsonl", "completions.jsonl"):
         (folder / name).write_text("")
@@ -178,9 +178,9 @@ def test_completions_are_found_by_group(tmp_path):
     completions = Completions(folder / "completions.jsonl")
     every = runs.read_lines(folder / "completions.jsonl")
     assert completions.groups == [(step, prompt) for step in (1, 2, 3, 4) for prompt in (0, 1)]
-    for place in completions.groups:
-        wanted = [line for line in every if (line["step"], line["prompt"]) == place]
-        assert completions.group(place) == wanted and len(wanted) == 4
+    for group in completions.groups:
+        wanted = [line for line in every if (line["step"], line["prompt"]) == group]
+        assert completions.group(*group) == wanted and len(wanted) == 4
 
 
 def replaced(name: str, line: bytes, number: int = 3):
@@ -229,7 +229,7 @@ def test_a_damaged_folder_ends_in_one_message(name, tmp_path, monkeypatch, capsy
 
 
 def test_no_torch_is_imported():
-    """It runs beside the training, and must start at once."""
+    """A run waits for its report, which must start at once."""
     code = "import sys, grpo.report.__main__; print({'torch', 'datasets'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
@@ -397,33 +397,46 @@ def test_several_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "both.html").is_file(), "runs of one name are told apart by their folders"
 
 
-# ---- beside a run -------------------------------------------------------------------------------
+# ---- of a run -----------------------------------------------------------------------------------
 
 
-def test_a_report_that_fails_is_told_once(tmp_path, capfd, reports):
-    reporter = Reporter(tmp_path / "none", 2)
-    reporter.step(1)
-    assert reporter._process is None, "not due"
-    reporter.step(2)
-    first = reporter._process
-    reporter.step(4)
-    assert reporter._process is first, "one at a time"
-    first.wait()
-    reporter.step(6)
-    assert "none written; try python -m grpo.report" in reporter.end()
-    said = capfd.readouterr().err
-    assert said.count("report.html was not written") == 1 and "no such folder" in said
-    reporter.folder = made_run(tmp_path / "none")  # there again
-    reporter.step(8)
-    assert os.sched_getscheduler(reporter._process.pid) == os.SCHED_IDLE
-    assert os.getsid(reporter._process.pid) == os.getsid(0)  # else idle counts for nothing
-    assert os.getpgid(reporter._process.pid) != os.getpgid(0)  # Ctrl-C does not reach it
-    assert reporter.end().split() == ["report", str(tmp_path / "none" / "report.html")]
-    assert (tmp_path / "none" / "report.html").stat().st_size > 1e6 and not capfd.readouterr().err
+def test_a_report_is_written_or_there_is_a_note(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    why = f"error: {folder}: no such folder; try python -m grpo.report {folder}"
+    assert reporter.write_report(folder) == f"note: report.html was not written: {why}"
+    monkeypatch.chdir(made_run(folder))
+    (folder / "plotly").mkdir()
+    (folder / "plotly" / "__init__.py").write_text("1 / 0")  # stands in for nothing
+    assert reporter.write_report(folder) == ""
+    assert (folder / "report.html").stat().st_size > 1e6
+    with monkeypatch.context() as patch:
+        patch.setattr(reporter, "LONGEST", 0.01)
+        assert "not done after 0.01 seconds" in reporter.write_report(folder)
+    for program, why in (("/none/python", "No such file"), ("/bin/false", "exit code 1")):
+        monkeypatch.setattr(sys, "executable", program)
+        assert why in reporter.write_report(folder)
+
+
+def test_a_run_has_its_report_after_each_evaluation_and_ends_without_one(
+    tmp_path, monkeypatch, capsys
+):
+    """What the folder says when a report is asked for; none can be written."""
+    asked = []
+
+    def fail(folder: Path) -> str:
+        run = read_run(folder)
+        asked.append((run.status, run.step, run.evaluations[-1]["step"], len(run.answers())))
+        return f"note: {len(asked)}"
+
+    monkeypatch.setattr(grpo.run.run, "write_report", fail)
+    runs.train(tmp_path / "run", *runs.SHORT, "--max_steps", "5", "--eval_steps", "2")
+    assert asked == [("running", 2, 2, 2), ("running", 4, 4, 2), ("finished", 5, 5, 2)]
+    said = capsys.readouterr().out
+    assert all(f"note: {number}" in said for number in (1, 2, 3)) and "report  " not in said
 
 
 def test_the_runs_wrote_their_reports(plain, boxes):
-    """As the fixtures left them: beside the training, and at the end."""
+    """As the fixtures left them."""
     for folder, steps in ((plain, 2), (boxes, 20)):
         page = (folder / "report.html").read_text()
         assert f"{steps} of {steps} steps" in page and ">finished</span>" in page
@@ -595,7 +608,7 @@ def test_everything_is_reached_by_the_keyboard(browser, plain):
     assert len(texts) > 10 and all(texts)
     dead = found(browser, ".group[data-life=dead]")
     groups = Completions(plain / "completions.jsonl")
-    equal = [len({line["reward"] for line in groups.group(place)}) == 1 for place in groups.groups]
+    equal = [len({line["reward"] for line in groups.group(*group)}) == 1 for group in groups.groups]
     assert len(dead) == sum(equal) and len(found(browser, ".group")) == len(equal)
 
 

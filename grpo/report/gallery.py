@@ -34,10 +34,10 @@ class Gallery:
         names = sorted({card["class"] for card in self.cards})
         self.classes = names
         changes = sorted(self.cards, key=lambda card: -abs(card["change"]))
-        for place, card in enumerate(changes):
-            card["by_change"], card["class_number"] = place, names.index(card["class"])
-        for place, card in enumerate(sorted(self.cards, key=lambda card: card["value"])):
-            card["by_value"] = place
+        for rank, card in enumerate(changes):
+            card["by_change"], card["class_number"] = rank, names.index(card["class"])
+        for rank, card in enumerate(sorted(self.cards, key=lambda card: card["value"])):
+            card["by_value"] = rank
 
     def _value(self, record: dict) -> float:
         return record["rewards"].get(self.term) or 0.0
@@ -53,7 +53,7 @@ class Gallery:
             drawn += draw("before", before["answer"], picture, run.frames, None)
         drawn += draw("after", after["answer"], picture, run.frames, None)
         change = self._value(after) - self._value(before) if before else 0.0
-        answers = [("before", before)] if before else []
+        answers = [self._answer("before", before)] if before else []
         return {
             "row": number,
             "class": shortened(class_of(after, row, self.boxes), 80),
@@ -61,7 +61,7 @@ class Gallery:
             "images": len(row.images) if row else 0,
             "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
             "truth": shortened(after["truth"], LETTERS_OF_A_CARD),
-            "answers": [self._answer(*pair) for pair in (*answers, ("after", after))],
+            "answers": [*answers, self._answer("after", after)],
             "drawn": drawn if self.boxes else [],
             "value": self._value(after),
             "change": change,
@@ -86,7 +86,7 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
     picked = pick_groups(completions.groups)
     found = []
     for step, prompt in picked:
-        records = completions.group((step, prompt))
+        records = completions.group(step, prompt)
         shown = records[:SAMPLES]
         letters = min(3000, LETTERS // (len(picked) * len(shown)))
         index, truth = records[0]["row"], records[0]["truth"]

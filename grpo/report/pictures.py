@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from data.ask import Ask
+from data.errors import UserError
 from data.images import open_image
 from data.load import read_splits
 from data.rows import Example
@@ -64,12 +65,16 @@ class Album:
     def row(self, held_out: bool, index: int) -> Example | None:
         """Row `index` of those held out, or of those to train on; None if it is not there."""
         if self._splits is None:
-            known = self.config.get
-            names = str(known("dataset_name")), known("dataset_train_split") or "train"
-            more = known("dataset_test_split"), known("test_share"), self.ask
+            flag = self.config.get
             try:
-                self._splits = read_splits(*names, *more)
-            except ValueError as error:
+                self._splits = read_splits(
+                    dataset_name=str(flag("dataset_name")),
+                    train_split=flag("dataset_train_split") or "train",
+                    test_split=flag("dataset_test_split"),
+                    test_share=flag("test_share"),
+                    ask=self.ask,
+                )
+            except UserError as error:
                 self._splits = ((), ())
                 self._note(f"no images and problems: the data set cannot be read now: {error}")
         rows = self._splits[held_out]
@@ -90,7 +95,7 @@ class Album:
             return None
         try:
             image = open_image(row.images[0])
-        except (ValueError, TypeError) as error:
+        except (UserError, TypeError) as error:
             self._note(f"an image is missing: row {row.index}, {row.where}: {error}")
             return None
         size, scale = image.size, LONGEST_SIDE / max(image.size)

@@ -16,7 +16,7 @@ import yaml
 
 from data.errors import UserError
 
-_PLACE = re.compile(rb'\{"step": (\d+), "prompt": (\d+), "sample": \d+, ')  # as folder.py writes it
+_GROUP = re.compile(rb'\{"step": (\d+), "prompt": (\d+), "sample": \d+, ')  # as folder.py writes it
 _KINDS = {  # what stands under a name; a number that was not finite is None
     "step": int,
     "row": int,
@@ -186,11 +186,11 @@ class Completions:
 
     def __init__(self, path: Path):
         self.path = path
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (step, prompt) -> start, end
+        self._bytes: dict[tuple[int, int], tuple[int, int]] = {}  # (step, prompt) -> start, end
         if path.is_file():
-            for place, start, end in self._scan():
-                first = self._places.get(place, (start, end))[0]
-                self._places[place] = (first, end)
+            for group, start, end in self._scan():
+                first = self._bytes.get(group, (start, end))[0]
+                self._bytes[group] = (first, end)
 
     def _scan(self) -> Iterator[tuple[tuple[int, int], int, int]]:
         start = 0
@@ -198,7 +198,7 @@ class Completions:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):  # cut
                     return
-                found = _PLACE.match(line)
+                found = _GROUP.match(line)
                 if not found:
                     raise UserError(f"{self.path}, line {number}: damaged, not a completion")
                 yield (int(found[1]), int(found[2])), start, start + len(line)
@@ -207,14 +207,14 @@ class Completions:
     @property
     def groups(self) -> list[tuple[int, int]]:
         """(step, prompt) of every group, in the order of the file."""
-        return list(self._places)
+        return list(self._bytes)
 
-    def group(self, place: tuple[int, int]) -> list[dict]:
+    def group(self, step: int, prompt: int) -> list[dict]:
         """The completions of a group. Raises UserError for a damaged line."""
-        start, end = self._places[place]
+        start, end = self._bytes[step, prompt]
         with self.path.open("rb") as file:
             file.seek(start)
             lines = file.read(end - start).splitlines()
         needed = ("row", "truth", "answer", "completion", "rewards", "reward", "advantage")
-        where = f"{self.path}, step {place[0]}, prompt {place[1]}"
+        where = f"{self.path}, step {step}, prompt {prompt}"
         return [_object(line, needed, where) for line in lines]

@@ -20,9 +20,9 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def extremes(values: Sequence[float | None], points: int = POINTS) -> list[int]:
-    """Places of at most about `points` values that show a curve: the first, the last, and of each
+    """Indexes of at most about `points` values that show a curve: the first, the last, and of each
     stretch of equal length the lowest and the highest. So no spike is lost, and each value shown is
-    one that was logged. All places if there are no more than `points`."""
+    one that was logged. All indexes if there are no more than `points`."""
     if len(values) <= points:
         return list(range(len(values)))
     stretches = max(1, points // 2 - 1)
@@ -36,34 +36,34 @@ def extremes(values: Sequence[float | None], points: int = POINTS) -> list[int]:
 
 
 def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """For each place the mean of the last `window` values up to it, None where there is none."""
+    """For each value the mean of the last `window` ones up to it, None where there is none."""
     means, total, known = [], 0.0, 0
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if value is not None:
             total, known = total + value, known + 1
-        gone = values[place - window] if place >= window else None
+        gone = values[index - window] if index >= window else None
         if gone is not None:
             total, known = total - gone, known - 1
         means.append(total / known if known else None)
     return means
 
 
-def pick_groups(places: list[tuple[int, int]], wanted: int = GROUPS) -> list[tuple[int, int]]:
+def pick_groups(groups: list[tuple[int, int]], wanted: int = GROUPS) -> list[tuple[int, int]]:
     """`wanted` of the groups (step, prompt), spread evenly over the steps; from step to step the
     next prompt, so that not only the first of each step is seen."""
     by_step: dict[int, list[tuple[int, int]]] = {}
-    for place in places:
-        by_step.setdefault(place[0], []).append(place)
+    for step, prompt in groups:
+        by_step.setdefault(step, []).append((step, prompt))
     steps = sorted(by_step)
     rounds = min(wanted, len(steps))
     if not rounds:
         return []
     picked = []
     for number, index in enumerate(evenly(len(steps), rounds)):
-        groups = by_step[steps[index]]
+        of_step = by_step[steps[index]]
         share = wanted // rounds  # more than one of a step where there are few steps
-        first = number % len(groups)
-        picked += [groups[(first + i) % len(groups)] for i in range(min(share, len(groups)))]
+        first = number % len(of_step)
+        picked += [of_step[(first + i) % len(of_step)] for i in range(min(share, len(of_step)))]
     return sorted(picked)
 
 

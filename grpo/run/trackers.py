@@ -21,7 +21,7 @@ SIDE = 320  # pixels of its image
 
 
 @dataclass(frozen=True)
-class Table:
+class SampleTable:
     """Completions of one group: its prompt, its image (None if it cannot be read), a row each."""
 
     problem: str
@@ -30,7 +30,7 @@ class Table:
     rows: list[list]
 
 
-def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) -> Table:
+def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) -> SampleTable:
     """The first completions of a group, with every reward. row: of the data set."""
     try:
         image = open_image(row.images[0])
@@ -42,7 +42,7 @@ def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) ->
         [r.truth, r.completion, *r.rewards.values(), r.reward, float(advantage)]
         for r, advantage in zip(records, advantages, strict=True)
     ]
-    return Table(row.problem, image, columns, rows[:SHOWN])
+    return SampleTable(row.problem, image, columns, rows[:SHOWN])
 
 
 def verbatim(text: str) -> str:
@@ -54,9 +54,7 @@ def verbatim(text: str) -> str:
 class TensorBoard:
     """Event files in the run's folder; samples as text and image."""
 
-    package = "tensorboard"
-
-    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
+    def __init__(self, path: Path, name: str, resumed_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
         again = None if resumed_step is None else resumed_step + 1  # what came later is hidden
@@ -67,7 +65,7 @@ class TensorBoard:
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, metrics["step"])
 
-    def samples(self, step: int, table: Table) -> None:
+    def samples(self, step: int, table: SampleTable) -> None:
         parts = [verbatim(table.problem)]
         for values in table.rows:
             cells = dict(zip(table.columns, values, strict=True))
@@ -85,77 +83,64 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
-    """A run of Weights & Biases, whose id the run's folder keeps; samples as a table."""
+class Service:
+    """A run of Weights & Biases, or of Trackio, which has the same functions; samples as a table.
 
-    package = "wandb"
-
-    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
-        import wandb
-
-        file = path / "wandb_id"
-        known = file.read_text() if resumed_step is not None and file.exists() else None
-        self._wandb = wandb
-        self._run = wandb.init(name=name, dir=str(path), config=config, id=known, resume="allow")
-        file.write_text(self._run.id)
-
-    def log(self, metrics: dict) -> None:
-        values = {k: v for k, v in metrics.items() if k != "step"}
-        self._run.log(values, step=metrics["step"])
-
-    def samples(self, step: int, table: Table) -> None:
-        image = table.image and self._wandb.Image(table.image)
-        rows = [[image, table.problem, *values] for values in table.rows]
-        columns = ["image", "problem", *table.columns]
-        self._run.log({"completions": self._wandb.Table(columns=columns, data=rows)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """A run of Trackio, on this machine unless its own variables say otherwise; samples as a table.
-
-    $TRACKIO_PROJECT names the project.
+    module: "wandb", whose run id is kept in the run's folder, or "trackio", whose records are on
+    this machine unless its own variables say otherwise ($TRACKIO_PROJECT names the project).
     """
 
-    package = "trackio"
-
-    def __init__(self, path: Path, name: str, config: dict, resumed_step: int | None):
-        import trackio
-
-        project = os.environ.get("TRACKIO_PROJECT", "grpo-vlm")
-        resume = "never" if resumed_step is None else "allow"
-        self._trackio = trackio
-        self._run = trackio.init(project, name=name, config=config, resume=resume, embed=False)
+    def __init__(self, module: str, path: Path, name: str, config: dict, resumed_step: int | None):
+        self._module, resumed = importlib.import_module(module), resumed_step is not None
+        self._reads_markdown = module == "trackio"
+        if module == "wandb":
+            file = path / "wandb_id"
+            known = file.read_text() if resumed and file.exists() else None
+            self._run = self._module.init(
+                name=name, dir=str(path), config=config, id=known, resume="allow"
+            )
+            file.write_text(self._run.id)
+        else:
+            project = os.environ.get("TRACKIO_PROJECT", "grpo-vlm")
+            resume = "allow" if resumed else "never"
+            self._run = self._module.init(
+                project, name=name, config=config, resume=resume, embed=False
+            )
 
     def log(self, metrics: dict) -> None:
         values = {k: v for k, v in metrics.items() if k != "step" and v is not None}
         self._run.log(values, step=metrics["step"])
 
-    def samples(self, step: int, table: Table) -> None:
-        image = table.image and self._trackio.Image(table.image)
-        texts = [[verbatim(v) if isinstance(v, str) else v for v in row] for row in table.rows]
-        rows = [[image, verbatim(table.problem), *values] for values in texts]
-        columns = ["image", "problem", *table.columns]
-        self._run.log({"completions": self._trackio.Table(columns=columns, data=rows)}, step=step)
+    def samples(self, step: int, table: SampleTable) -> None:
+        image = table.image and self._module.Image(table.image)
+        rows = [[table.problem, *values] for values in table.rows]
+        if self._reads_markdown:
+            rows = [[verbatim(v) if isinstance(v, str) else v for v in row] for row in rows]
+        columns, rows = ["image", "problem", *table.columns], [[image, *row] for row in rows]
+        self._run.log({"completions": self._module.Table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
-
-
 def check_trackers(names: list[str]) -> None:
     """Raises UserError naming the first of --report_to whose package is not installed."""
     for name in names:
-        if name != "none" and importlib.util.find_spec(TRACKERS[name].package) is None:
+        if name != "none" and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: pip install {name}")
 
 
 def open_trackers(
     names: list[str], path: Path, name: str, config: dict, resumed_step: int | None
 ) -> list:
-    """The trackers `names` of the run in `path`, called `name`."""
-    return [TRACKERS[n](path, name, config, resumed_step) for n in names if n != "none"]
+    """The trackers of --report_to, for the run in `path`, called `name`.
+
+    resumed_step: the last step of the record that goes on; None for a new run.
+    """
+    trackers = []
+    for tracker in names:
+        if tracker == "tensorboard":
+            trackers.append(TensorBoard(path, name, resumed_step))
+        elif tracker != "none":
+            trackers.append(Service(tracker, path, name, config, resumed_step))
+    return trackers
