@@ -1,3 +1,3 @@
 """Commands that measure. Each prints ratios to a peer or to another revision; none is a test."""
 
-import grpo.threads  # noqa: F401  before torch: how its threads wait
+import grpo  # noqa: F401  before torch: how its threads wait

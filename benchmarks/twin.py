@@ -4,10 +4,6 @@ computed here."""
 
 import importlib
 import itertools
-
-import grpo.threads  # noqa: F401  before torch
-
-# isort: split
 from dataclasses import replace
 
 import torch

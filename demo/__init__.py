@@ -1,3 +1,3 @@
 """How the two small checkpoints of the demos were made, and the picture of README."""
 
-import grpo.threads  # noqa: F401  before torch: how its threads wait
+import grpo  # noqa: F401  before torch: how its threads wait

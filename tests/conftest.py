@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-import grpo.threads  # noqa: F401  before torch: how its threads wait
+import grpo  # noqa: F401  before torch: how its threads wait
 
 # isort: split
 import grpo.run.run

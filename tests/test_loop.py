@@ -114,8 +114,7 @@ MAY_IMPORT = {
     "grpo.run": ("grpo", "models", "data", "rewards.parse"),
     "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.rollout", "models", ERRORS),
     "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", ERRORS),
-    "grpo.engine": ("grpo.engine", "grpo.threads", "models", ERRORS),
-    "grpo.threads": (),
+    "grpo.engine": ("grpo.engine", "models", ERRORS),
     "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: a run waits for it
     "grpo": ("grpo", "models", ERRORS),
     "models": ("models", ERRORS),
