@@ -13,10 +13,10 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from data.ask import Ask, check_names
 from data.errors import UserError
 from data.folders import SPLITS
 from data.rows import Fault, Rows
+from data.wording import Ask, check_names
 
 OTHERS = ("captions", "person_keypoints", "stuff", "panoptic")  # of the same images
 PARTS = ("images", "annotations", "categories")

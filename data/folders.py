@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.ask import Ask, check_names
 from data.errors import UserError
 from data.rows import Rows
+from data.wording import Ask, check_names
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".heic", ".heif", ".avif")

@@ -4,9 +4,9 @@ from functools import partial
 from pathlib import Path
 
 from data import coco
-from data.ask import Ask, check_names
 from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, Rows
+from data.wording import Ask, check_names
 
 BOXES, CATEGORIES = ("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels")
 

@@ -14,9 +14,9 @@ from io import BytesIO
 from pathlib import Path
 
 from data import coco, flowers, folders, scenes, virft
-from data.ask import Ask
 from data.errors import UserError
 from data.rows import Rows
+from data.wording import Ask
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
 SHARE = 0.2  # is held out where there is no test split

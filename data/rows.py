@@ -76,7 +76,7 @@ class Rows(Sequence):
 
     convert: makes a dict with the columns of the ViRFT schema of a row that has others. name: the
     data set and the split, for messages. said: what the plan prints of a form that leaves things
-    open. worded: whether the prompts are ours (data/ask.py). asks_in: the frame of boxes that such
+    open. worded: whether the prompts are ours (data/wording.py). asks_in: the frame of boxes that such
     prompts ask for, while the solutions count pixels; None of other rows. sizes: of each row's
     images, and faults: what was found, once checked. ask: as `load` was given it.
     """

@@ -15,12 +15,12 @@ from pycocotools.cocoeval import COCOeval
 
 import train_cls
 import train_det
-from data.ask import Ask, check_names
 from data.check import check_rows, load_splits, refuse
 from data.flowers import SPECIES, draw
 from data.images import open_image
 from data.load import hold_out, load, splits
 from data.rows import Fault
+from data.wording import Ask, check_names
 from grpo.report.page import run_page
 from grpo.report.read import read_run
 from models.processor import Processor

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data.ask import Ask
 from data.errors import UserError
 from data.images import open_image
 from data.load import read_splits
 from data.rows import Example
+from data.wording import Ask
 from rewards.boxes import Box, four_numbers, parse_boxes, solution_kind
 from rewards.coco import category
 from rewards.frames import frame_of

@@ -37,7 +37,7 @@ class RunRecord:
     config: flag -> value, config_text: the file itself. training: a line of metrics.jsonl per step.
     evaluations: a line per held-out evaluation. findings: (step, text) of diagnosis.txt. steps: how
     many the run wants, None if it did not say. frames: what coordinates in answers count
-    (rewards/frames.py), and ask: how prompts were worded (data/ask.py); None if the run did not
+    (rewards/frames.py), and ask: how prompts were worded (data/wording.py); None if the run did not
     say. status: "finished", "running", "stopped", or "evaluated" where nothing was trained.
     """
 
