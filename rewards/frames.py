@@ -76,13 +76,13 @@ def choose_frames(config, rows, processor) -> Frames:
     """By --data_frame and --box_frame. Where they say auto, solutions count what they look like,
     and answers what the solutions do: that is what a data set's own prompts ask for.
 
-    Prompts that are made here ask for the frame that rows.asks_in names, and solutions then count
+    Prompts that are made here (data/wording.py) ask for rows.asked_frame, and solutions count
     pixels. Raises UserError if --data_frame says otherwise.
     """
-    if rows.asks_in:
+    if rows.asked_frame:
         if config.data_frame not in ("auto", "pixels"):
             raise UserError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
-        return Frames("pixels", rows.asks_in, processor.answers_in, processor.resized)
+        return Frames("pixels", rows.asked_frame, processor.answers_in, processor.resized)
     data = config.data_frame
     if data == "auto":
         data = guess_frame(row.solution for row in rows.sound)

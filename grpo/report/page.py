@@ -46,7 +46,7 @@ def _escape(code: int) -> str:
 
 def run_page(run: RunRecord) -> str:
     """The report of one run. Raises UserError if a file of the run is damaged."""
-    album = Album(run.config, run.ask)
+    album = Album(run.config, run.wording)
     gallery = Gallery(run, album)
     completions = Completions(run.folder / "completions.jsonl")
     groups = training_groups(run, completions, album)

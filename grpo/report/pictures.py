@@ -13,8 +13,8 @@ from PIL import Image
 from data.errors import UserError
 from data.images import open_image
 from data.load import read_splits
-from data.rows import Example
-from data.wording import Ask
+from data.rows import Row
+from data.wording import Wording
 from rewards.boxes import Box, four_numbers, parse_boxes, solution_kind
 from rewards.coco import category
 from rewards.frames import frame_of
@@ -56,13 +56,13 @@ class Album:
     notes: why rows or images are missing, each once.
     """
 
-    def __init__(self, config: dict, ask: dict | None = None, limit: int = BYTES):
+    def __init__(self, config: dict, wording: dict | None = None, limit: int = BYTES):
         self.config, self.left, self.notes = config, limit, []
-        self.ask = Ask(**ask) if ask else Ask()
-        self._splits: tuple[Sequence[Example], Sequence[Example]] | None = None
+        self.wording = Wording(**wording) if wording else Wording()
+        self._splits: tuple[Sequence[Row], Sequence[Row]] | None = None
         self._pictures: dict[tuple[bool, int], Picture | None] = {}
 
-    def row(self, held_out: bool, index: int) -> Example | None:
+    def row(self, held_out: bool, index: int) -> Row | None:
         """Row `index` of those held out, or of those to train on; None if it is not there."""
         if self._splits is None:
             flag = self.config.get
@@ -72,7 +72,7 @@ class Album:
                     train_split=flag("dataset_train_split") or "train",
                     test_split=flag("dataset_test_split"),
                     test_share=flag("test_share"),
-                    ask=self.ask,
+                    wording=self.wording,
                 )
             except UserError as error:
                 self._splits = ((), ())
@@ -90,7 +90,7 @@ class Album:
             self._pictures[held_out, index] = self._thumbnail(self.row(held_out, index))
         return self._pictures[held_out, index]
 
-    def _thumbnail(self, row: Example | None) -> Picture | None:
+    def _thumbnail(self, row: Row | None) -> Picture | None:
         if row is None or not row.images:
             return None
         try:
@@ -149,7 +149,7 @@ def draw(
     ]
 
 
-def class_of(record: dict, row: Example | None, boxes: bool) -> str:
+def class_of(record: dict, row: Row | None, boxes: bool) -> str:
     """What a row asks about: the true class, or for boxes the category in the problem."""
     if not boxes:
         return record["truth"]

@@ -37,8 +37,8 @@ class RunRecord:
     config: flag -> value, config_text: the file itself. training: a line of metrics.jsonl per step.
     evaluations: a line per held-out evaluation. findings: (step, text) of diagnosis.txt. steps: how
     many the run wants, None if it did not say. frames: what coordinates in answers count
-    (rewards/frames.py), and ask: how prompts were worded (data/wording.py); None if the run did not
-    say. status: "finished", "running", "stopped", or "evaluated" where nothing was trained.
+    (rewards/frames.py), and wording: how prompts were worded (data/wording.py); None if the run did
+    not say. status: "finished", "running", "stopped", or "evaluated" where nothing was trained.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class RunRecord:
     findings: list[tuple[int, str]]
     steps: int | None
     frames: dict | None
-    ask: dict | None
+    wording: dict | None
     status: str
 
     @property
