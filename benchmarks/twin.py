@@ -22,8 +22,8 @@ from grpo.run.checks import named_weights
 from grpo.run.metrics import held_out_metrics
 from grpo.tally import Tally
 from models.decoding.generate import Sampling
-from models.families import parameter_name
 from models.load import find_folder, load_model
+from models.names import parameter_name
 from models.processor import Processor
 from rewards.parse import ideal_completion
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
-from models.families import module_name, parameter_name
 from models.four_bit import FourBitLinear
+from models.names import module_name, parameter_name
 
 DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from models.attention import Bounds
 from models.config import (
     QwenVLConfig,
     Table,
@@ -16,6 +15,7 @@ from models.config import (
     text_table,
 )
 from models.layers import RMSNorm, SwiGLU
+from models.packed_attention import Bounds
 from models.qwen2_vl import decoder_fields
 from models.transfer import to_device
 from models.vision import PatchMerger, Tower, VisionBlock

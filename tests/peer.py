@@ -6,7 +6,8 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-from models.families import config_dict, parameter_name
+from models.families import config_dict
+from models.names import parameter_name
 from models.qwen_vl import image_features
 from tests.tiny import IMAGE
 

@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 
 from models.decoding.cache import KVCache, Layout
 from models.decoding.draw import BLOCK, Sampling, sample
-from models.decoding.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
+from models.decoding.generate import generate
 from models.decoding.graphs import Graphs
+from models.decoding.rectangle import SHAPES, Shapes, Table, few_lengths, halved
 from models.decoding.step import DecodeStep
 from models.lora import LoRA
 from models.qwen_vl import image_features

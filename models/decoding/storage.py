@@ -5,10 +5,8 @@ which the published parameters are parts, so nothing is copied to join them. A s
 each parameter by itself (grpo/engine/shard.py); only its full copy decodes.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.four_bit import FourBitLinear
 from models.qwen_vl import QwenVL
@@ -34,26 +32,3 @@ def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> Q
                 memory = torch.empty_like(parameter, device=device)
                 setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
     return model
-
-
-def joined(linears: Sequence[nn.Linear]) -> Tensor:
-    """The weights of these layers as one (rows, features): their common block if `allocate` laid
-    them out so, else a copy; of weights in 4 bits a copy that is unpacked."""
-    if isinstance(linears[0], FourBitLinear):
-        if len(linears) == 1:
-            return linears[0].unpacked()
-        rows, like = [linear.out_features for linear in linears], linears[0].scales
-        block = torch.empty(
-            sum(rows), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
-        )
-        for linear, place in zip(linears, block.split(rows), strict=True):
-            place.copy_(linear.unpacked())
-        return block
-    first, *others = weights = [linear.weight.detach() for linear in linears]
-    end = first.storage_offset() + first.numel()
-    for weight in others:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or weight.storage_offset() != end:
-            return torch.cat(weights)
-        end += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
