@@ -35,8 +35,8 @@ from grpo.loss import policy_loss  # noqa: E402
 from grpo.pack import Pack, make_packs  # noqa: E402
 from grpo.rollout import Group  # noqa: E402
 from grpo.tally import Tally  # noqa: E402
+from models.attention import KVCache, Layout  # noqa: E402
 from models.config import QwenVLConfig  # noqa: E402
-from models.decoding.cache import KVCache, Layout  # noqa: E402
 from models.decoding.storage import allocate  # noqa: E402
 from models.families import parse_config  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402

@@ -32,7 +32,7 @@ from grpo.engine.optimizer import Optimizer
 from grpo.logps import pack_chunks, pack_logps, token_chunks, token_logps
 from grpo.pack import make_packs
 from grpo.rollout import sample_groups
-from models.decoding.cache import KVCache, Layout
+from models.attention import KVCache, Layout
 from models.decoding.draw import Sampling, sample
 from models.decoding.generate import head as head_logits
 from models.decoding.step import DecodeStep

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from models.decoding.cache import KVCache, Layout
+from models.attention import KVCache, Layout
 from models.decoding.draw import BLOCK, Sampling, sample
 from models.decoding.generate import generate
 from models.decoding.graphs import Graphs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.decoding.cache import KVCache, Layout
+from models.attention import KVCache, Layout
 from models.decoding.step import DecodeStep
 from models.qwen_vl import QwenVL
 
