@@ -7,6 +7,7 @@ from types import ModuleType
 from data.errors import UserError
 from models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from models.config import QwenVLConfig
+from models.mixer import Mixer
 from models.names import module_name
 
 FAMILIES = {module.MODEL_TYPE: module for module in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
@@ -14,8 +15,13 @@ REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the
 
 
 def family_of(config: QwenVLConfig) -> ModuleType:
-    """The file with this model's `read`, `write`, `VisionTower` and what it was taught."""
+    """The file with this model's `read`, `write`, `mixer`, `VisionTower` and what it was taught."""
     return FAMILIES[config.family]
+
+
+def mixers_of(config: QwenVLConfig) -> list[type[Mixer]]:
+    """The kind of each decoder layer."""
+    return [family_of(config).mixer(config, index) for index in range(config.num_hidden_layers)]
 
 
 def read_config(folder: Path) -> QwenVLConfig:

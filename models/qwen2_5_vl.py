@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from models.attention import Attention
 from models.config import (
     QwenVLConfig,
     Table,
@@ -52,6 +53,11 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if vision.window_size < vision.spatial_merge_size * vision.patch_size:
         raise UserError(f"{where}: a window of {vision.window_size} pixels holds no token")
     return check_sizes(config, where)
+
+
+def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
+    """The kind of decoder layer `index` (models/mixer.py)."""
+    return Attention
 
 
 def write(config: QwenVLConfig, dtype: str) -> dict:

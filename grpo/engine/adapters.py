@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import UserError
-from models.lora import DECODER, LoRA, read_adapter
+from models.lora import LoRA, read_adapter
 
 
 def lora_of(config) -> LoRA | None:
@@ -20,7 +20,7 @@ def lora_of(config) -> LoRA | None:
         )
     if not config.use_peft:
         return None
-    targets = tuple(config.lora_target_modules or DECODER)
+    targets = tuple(config.lora_target_modules or ())
     base, folder = config.model_name_or_path, config.adapter_name_or_path
     if folder is None:
         return LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)

@@ -11,12 +11,11 @@ from models.lora import LoRALinear
 
 
 class Product(NamedTuple):
-    """Linear layers with one input as one product; their adapters beside it.
+    """Linear layers with one input as one product, their outputs side by side; and their adapters.
 
-    weight: (features, rows), a view of the layers' own, None if it is in 4 bits: it is then
-    unpacked for each product, from `packed`. bias: (rows,). adapter_A: (n r, features) of the n
-    layers that have one, adapter_B: (rows, n r), each layer's in its rows and columns, times its
-    scale.
+    weight: (in, out), a view of the layers' own; None if it is in 4 bits and unpacked for each
+    product, from `packed`. bias: (out,). adapter_A: (n r, in) of the n layers that have adapters,
+    adapter_B: (out, n r), block-diagonal, times each layer's scale.
     """
 
     weight: Tensor | None
@@ -43,9 +42,14 @@ class Product(NamedTuple):
         down = torch.cat([linear.lora_A for linear in adapted])
         return cls(weight, packed, bias, down, torch.block_diag(*up))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it but what is in 4 bits."""
+        return [part for part in self if isinstance(part, Tensor)]
+
     def __call__(self, x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """(M, features) -> (M, rows), with the bias or added to `add` (M, rows), in its place; into
-        `out` if there is one."""
+        """(M, in) -> (M, out): with the bias, into `out` if there is one; or without a bias, added
+        to `add` (M, out) in place."""
         weight = joined(self.packed).T if self.packed else self.weight
         if add is not None:
             out = add.addmm_(x, weight)
@@ -59,17 +63,17 @@ class Product(NamedTuple):
 
 
 def joined(linears: Sequence[nn.Linear]) -> Tensor:
-    """The weights of these layers as one (rows, features): their common block if `allocate` laid
-    them out so, else a copy; of weights in 4 bits a copy that is unpacked."""
+    """The weights of these layers as one (out, in): the block that they are parts of if
+    models/decoding/storage.py laid them out so, else a copy; of 4-bit weights an unpacked copy."""
     if isinstance(linears[0], FourBitLinear):
         if len(linears) == 1:
             return linears[0].unpacked()
-        rows, like = [linear.out_features for linear in linears], linears[0].scales
+        sizes, like = [linear.out_features for linear in linears], linears[0].scales
         block = torch.empty(
-            sum(rows), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
+            sum(sizes), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
         )
-        for linear, place in zip(linears, block.split(rows), strict=True):
-            place.copy_(linear.unpacked())
+        for linear, part in zip(linears, block.split(sizes), strict=True):
+            part.copy_(linear.unpacked())
         return block
     first, *others = weights = [linear.weight.detach() for linear in linears]
     end = first.storage_offset() + first.numel()

@@ -1,24 +1,134 @@
-"""Which samples are decoded together, and in what shapes."""
+"""Which samples are decoded together: slots, and how they follow the samples that are running.
 
-from typing import NamedTuple
+The samples of a rollout have the slots of a rectangle, prompts x members. As samples end, the
+rectangle and the batch, the slots that a decode step takes, become smaller; how is another question
+on a CPU than on a GPU (`SmallestRectangle`, `HalvedRectangle`). All of it is decided on the host,
+between steps.
+"""
+
+from dataclasses import dataclass
+
+from models.mixer import Move
 
 
-class Shapes(NamedTuple):
-    """How rows follow the samples that go on.
+@dataclass(frozen=True)
+class SmallestRectangle:
+    """For a CPU, where another shape costs nothing: the batch is the samples that are running, in
+    the smallest rectangle that holds them.
 
-    look: tokens from one look at what has ended to the next. halves: rows are all places of a
-    rectangle (prompts x members) whose sides are halved once they can be, so that few shapes occur;
-    else they are the samples that go on, in the smallest rectangle. keys: a sample looks at so many
-    keys of its own, or twice, three times as many; with halves twice, four times.
+    look: tokens from one look at which samples have ended to the next. keys: a multiple of this is
+    the bound of how many tokens a sample has.
     """
 
-    look: int
-    halves: bool
-    keys: int
+    look: int = 1
+    keys: int = 16
+
+    def sides(self, size: tuple[int, int], needed: tuple[int, int]) -> tuple[int, int]:
+        """Of the next rectangle."""
+        return needed
+
+    def batch(self, samples: list[list[int | None]]) -> list[int]:
+        """The slots that a step takes."""
+        slots = [sample for members in samples for sample in members]
+        return [slot for slot, sample in enumerate(slots) if sample is not None]
+
+    def prompts(self, samples: list[list[int | None]]) -> list[int]:
+        """The prompt of the first entries of the batch, of as many next ones, and so on: by its
+        number in the rectangle."""
+        return [slot // len(samples[0]) for slot in self.batch(samples)]
+
+    def bound(self, tokens: int) -> int:
+        """At least `tokens`."""
+        return multiple(tokens, self.keys)
 
 
-# A look waits for a GPU to catch up, a new shape has to be captured; neither costs a CPU anything.
-SHAPES = {"cpu": Shapes(1, False, 16), "cuda": Shapes(16, True, 64)}
+@dataclass(frozen=True)
+class HalvedRectangle:
+    """For a GPU, where a look waits and another shape must be captured: the batch is the whole
+    rectangle, whose sides are halved once they can be. Samples that have ended are drawn on, and
+    slots of nobody too.
+
+    look: as above. keys: the bound of a sample's tokens is this, or twice, four times as much.
+    """
+
+    look: int = 16
+    keys: int = 64
+
+    def sides(self, size: tuple[int, int], needed: tuple[int, int]) -> tuple[int, int]:
+        return halved(size[0], needed[0]), halved(size[1], needed[1])
+
+    def batch(self, samples: list[list[int | None]]) -> list[int]:
+        return list(range(len(samples) * len(samples[0])))
+
+    def prompts(self, samples: list[list[int | None]]) -> list[int]:
+        return list(range(len(samples)))
+
+    def bound(self, tokens: int) -> int:
+        return doubled(self.keys, tokens)
+
+
+SHAPES = {"cpu": SmallestRectangle(), "cuda": HalvedRectangle()}
+
+
+class Rectangle:
+    """Which sample has which slot.
+
+    samples: B lists of G numbers, b * G + g at first, None where a slot is nobody's. prompts: which
+    one each list's is. batch: the slots that a step takes.
+    """
+
+    def __init__(self, prompts: int, group: int, shapes: SmallestRectangle | HalvedRectangle):
+        self.shapes, self.nobody = shapes, prompts * group
+        self.samples: list[list[int | None]] = [
+            [b * group + g for g in range(group)] for b in range(prompts)
+        ]
+        self.prompts = list(range(prompts))
+        self.batch = shapes.batch(self.samples)
+
+    @property
+    def is_empty(self) -> bool:
+        return all(sample is None for members in self.samples for sample in members)
+
+    def batch_samples(self) -> list[int]:
+        """The number of each sample of the batch, `nobody` for a slot without one."""
+        slots = [self.nobody if s is None else s for members in self.samples for s in members]
+        return [slots[slot] for slot in self.batch]
+
+    def batch_prompts(self) -> list[int]:
+        """The prompt of the first entries of the batch, of as many next ones, and so on."""
+        return [self.prompts[b] for b in self.shapes.prompts(self.samples)]
+
+    def drop(self, ended: list[bool]) -> Move | None:
+        """Takes out the samples that have ended. How the others move, None if the batch stays.
+
+        A prompt's samples come to the front of its slots.
+        """
+        self.samples = [
+            [None if sample is None or ended[sample] else sample for sample in members]
+            for members in self.samples
+        ]
+        group, batch = len(self.samples[0]), {slot: i for i, slot in enumerate(self.batch)}
+        size = len(self.samples), group
+        running = [[g for g, s in enumerate(row) if s is not None] for row in self.samples]
+        needed = sum(map(bool, running)), max(map(len, running))
+        if not any(needed):
+            return None
+        sides = self.shapes.sides(size, needed)
+        prompts, members = list(range(size[0])), [list(range(group))] * size[0]
+        if sides != size:
+            prompts = sorted(prompts, key=lambda b: not running[b])[: sides[0]]
+            members = [running[b] + [0] * (sides[1] - len(running[b])) for b in prompts]
+            self.samples = [
+                [self.samples[b][g] for g in running[b]] + [None] * (sides[1] - len(running[b]))
+                for b in prompts
+            ]
+            self.prompts = [self.prompts[b] for b in prompts]
+        after = self.shapes.batch(self.samples)
+        if sides == size and after == self.batch:
+            return None
+        self.batch = after
+        before = [b * group + g for b, slots in zip(prompts, members, strict=True) for g in slots]
+        return Move(prompts, members, [batch[before[slot]] for slot in after])
 
 
 def multiple(count: int, of: int) -> int:
@@ -33,11 +143,6 @@ def doubled(size: int, needed: int) -> int:
     return size
 
 
-def few_lengths(length: int) -> int:
-    """`length`, rounded up so that there are four from 256 to 512, four from 512 to 1,024, ...."""
-    return multiple(length, max(64, 2 ** (length.bit_length() - 3)))
-
-
 def halved(size: int, needed: int) -> int:
     """`size`, halved and rounded up as often as `needed` allows."""
     while size > 1 and (half := (size + 1) // 2) >= needed:
@@ -45,46 +150,6 @@ def halved(size: int, needed: int) -> int:
     return size
 
 
-class Table:
-    """Which sample is at each place of the cache's rectangle; on the host.
-
-    samples: B lists of G numbers, None where a place is nobody's.
-    """
-
-    def __init__(self, samples: list[list[int | None]]):
-        self.samples = samples
-        self.prompts = list(range(len(samples)))  # which one each list's is
-        self.nobody, self.group = sum(map(len, samples)), len(samples[0])
-
-    @property
-    def left(self) -> bool:
-        return any(sample is not None for row in self.samples for sample in row)
-
-    def drop(self, ended: list[bool]) -> bool:
-        """Takes out the samples that have ended. Whether there were any."""
-        before = self.samples
-        self.samples = [
-            [None if sample is None or ended[sample] else sample for sample in row]
-            for row in before
-        ]
-        return self.samples != before
-
-    def smaller(self, halves: bool) -> tuple[list[int], list[list[int]]] | None:
-        """Makes the rectangle smaller if it can be: the places that stay, as for `KVCache.shrink`.
-
-        A prompt's samples come to the front.
-        """
-        size = len(self.samples), len(self.samples[0])
-        alive = [[g for g, sample in enumerate(row) if sample is not None] for row in self.samples]
-        needed = sum(map(bool, alive)), max(map(len, alive))
-        wanted = tuple(map(halved, size, needed)) if halves else needed
-        if wanted == size:
-            return None
-        kept = sorted(range(size[0]), key=lambda b: not alive[b])[: wanted[0]]
-        members = [alive[b] + [0] * (wanted[1] - len(alive[b])) for b in kept]
-        self.samples = [
-            [self.samples[b][g] for g in alive[b]] + [None] * (wanted[1] - len(alive[b]))
-            for b in kept
-        ]
-        self.prompts = [self.prompts[b] for b in kept]
-        return kept, members
+def few_lengths(length: int) -> int:
+    """`length`, rounded up so that there are four from 256 to 512, four from 512 to 1,024, ...."""
+    return multiple(length, max(64, 2 ** (length.bit_length() - 3)))
