@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from models.attention import Attention
 from models.config import (
     ConfigPart,
     QwenVLConfig,
@@ -66,6 +67,11 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
         "mrope_interleaved": False,
     }
+
+
+def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
+    """The kind of decoder layer `index` (models/mixer.py)."""
+    return Attention
 
 
 class QuickGELUMLP(nn.Module):

@@ -10,7 +10,7 @@ from grpo.engine.adamw import BLOCK
 from grpo.engine.adapters import lora_of
 from grpo.flags.config import TrainingConfig
 from models.config import QwenVLConfig
-from models.decoder import DecoderLayer
+from models.decoder import Decoder, DecoderLayer
 from models.families import family_of
 from models.lora import LoRALinear, check_fit
 from models.qwen_vl import QwenVL
@@ -44,25 +44,24 @@ def block_padding(model: QwenVLConfig) -> int:
 def decoder_matrices(model: QwenVLConfig) -> int:
     """Numbers in all matrices of the decoder's layers."""
     with torch.device("meta"):
-        layer = DecoderLayer(model)
-    matrices = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
-    return matrices * model.num_hidden_layers
+        layers = Decoder(model).layers
+    return sum(p.numel() for p in layers.parameters() if p.ndim > 1)
 
 
 @cache
 def root_and_layer(model: QwenVLConfig, parameters: int) -> tuple[int, int]:
     """Numbers outside of layers and blocks (embedding, head, the tower's ends), and in the larger
     of a layer and a block: what several ranks gather, throughout a pass and one after the other."""
-    layer, block = decoder_layer_parameters(model), vision_block_parameters(model)
-    in_layers = model.num_hidden_layers * layer + model.vision.depth * block
-    return parameters - in_layers, max(layer, block)
+    layers = [decoder_layer_parameters(model, index) for index in range(model.num_hidden_layers)]
+    block = vision_block_parameters(model)
+    return parameters - sum(layers) - model.vision.depth * block, max(*layers, block)
 
 
 @cache
-def decoder_layer_parameters(model: QwenVLConfig) -> int:
-    """Numbers in one decoder layer."""
+def decoder_layer_parameters(model: QwenVLConfig, index: int = 0) -> int:
+    """Numbers in decoder layer `index`."""
     with torch.device("meta"):
-        return sum(p.numel() for p in DecoderLayer(model).parameters())
+        return sum(p.numel() for p in DecoderLayer(model, index).parameters())
 
 
 @cache
