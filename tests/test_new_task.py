@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_det
-from tests.runs import ROOT, module_of, read_lines, read_steps, train
+from tests.runs import ROOT, module_of, read_lines, train
 
 PAGE = (ROOT / "docs" / "new-task.md").read_text()
 (DIFF,) = re.findall(r"```diff\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -49,13 +49,16 @@ def test_what_counts_as_a_number(script, completion, found):
 
 
 def test_it_learns_to_count(script, tmp_path):
-    flags = ["--temperature", "1.3", "--max_steps", "STEPS", "--eval_samples", "24"]
+    """With the flags of the page, half as many prompts and steps. At this temperature half of the
+    answers are broken or wrong at first."""
+    command = re.search(r"torchrun train_count\.py (.*) --output_dir", PAGE)[1].split()
+    flags = [*command, "--prompts_per_step", "4", "--max_steps", "20", "--eval_samples", "12"]
     steps = train(tmp_path / "run", *flags, script=script)
-    earned = [step["rewards/count/mean"] for step in steps[1:]]
-    assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.05
+    earned = [step["reward"] for step in steps[1:]]
+    assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.15
+    assert "eval/count" in steps[0]
     completions = read_lines(tmp_path / "run" / "completions.jsonl")
     for line in completions:
         assert line["truth"] in ("0", "1", "2")
         assert (line["rewards"]["count"] == 1) == ("count" not in line["reasons"])
-    assert {line["reasons"].get("count") for line in completions} >= {"wrong number"}
-    assert read_steps(tmp_path / "run")[0]["eval/count"] > 0.5
+    assert "wrong number" in {line["reasons"].get("count") for line in completions}
