@@ -8,13 +8,10 @@ column with --tokens_per_pack 4096. Nothing is loaded or measured: the sizes bel
 published config.json files, as far as a shape depends on them.
 """
 
-import torch
-
 from grpo.flags.config import TrainingConfig
-from grpo.plan.memory import estimate_memory
+from grpo.plan.memory import Facts, peak_gb
 from models.config import QwenVLConfig
 from models.families import parse_config
-from models.qwen_vl import QwenVL
 
 PROMPT = 1024  # tokens
 TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
@@ -82,18 +79,15 @@ def published(name: str) -> dict:
     }  # fmt: skip
 
 
-def parameters(config: QwenVLConfig) -> tuple[int, int]:
-    """Of the model, and of its vision tower."""
-    with torch.device("meta"):
-        model = QwenVL(config)
-    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
+def facts(config: QwenVLConfig, world: int) -> Facts:
+    """Of prompts that are one image, on each of `world` GPUs."""
+    return Facts(config, PROMPT, PROMPT, True, world, "cuda", "flash_attention_2")
 
 
 def peak(config: QwenVLConfig, world: int, **flags) -> float:
     """The largest phase's GB on each of `world` GPUs."""
     settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **flags)
-    place = (*parameters(config), PROMPT, PROMPT, True, world, "cuda:0")
-    return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
+    return peak_gb(settings, facts(config, world))
 
 
 def main() -> None:
