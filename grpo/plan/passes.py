@@ -34,14 +34,15 @@ Rows = tuple[tuple[int, ...], ...]  # packed: (prompt, completion, ..., completi
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are made inside and still exist.
+    """Counts the bytes of tensors on a device that are made inside and still exist.
 
     weights: those of the layers, which are counted elsewhere. now: bytes at this moment; most: the
     largest value so far.
     """
 
-    def __init__(self, weights: Iterable[Tensor]):
+    def __init__(self, weights: Iterable[Tensor], device: torch.device = META):
         super().__init__()
+        self.device = device
         self.now = self.most = 0
         # storages by their address in the host's memory: all data pointers are 0 on meta
         self.weights = {weight.untyped_storage()._cdata for weight in weights}
@@ -50,7 +51,7 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor) and tensor.device == self.device:
                 self.count(tensor.untyped_storage())
         self.most = max(self.most, self.now)
         return result
@@ -265,22 +266,20 @@ def decoder_holds(model: Skeleton, rows: Rows, checkpointing: bool) -> DecoderHo
     *others, last = model.layers
     read = sum(sum(completions) for _, *completions in rows)
 
-    def both(layer: nn.Module, read: int | None = None) -> tuple[int, int]:
-        """(what a decoder of this layer keeps, the most in its backward pass)."""
-        whole = model.decode([layer], rows, gradient=True, backward=True, read=read)
-        if not checkpointing:
-            return whole.left, whole.backward
-        inputs = model.decode([layer], rows, gradient=True, checkpointing=True, read=read)
-        return inputs.left, whole.backward
+    def kept(layers: list[nn.Module], read: int | None) -> int:
+        run = model.decode(layers, rows, True, checkpointing=checkpointing, read=read)
+        return run.left
 
-    last_kept, last_backward = both(last, read)
-    bare = model.decode([], rows, gradient=True).left
-    kept, layer, first_layer = last_kept, 0, 0
+    def backward(layer: nn.Module, read: int | None) -> int:  # it forms all of the layer again
+        return model.decode([layer], rows, True, backward=True, read=read).backward
+
+    total = last_kept = kept([last], read)
+    layer = first_layer = 0
     for other, times in kinds(others).items():
-        left, backward = both(other)
-        kept += times * (left - bare)
-        layer, first_layer = max(layer, backward - left), max(first_layer, backward)
-    return DecoderHolds(kept, last_kept, last_backward - last_kept, layer, first_layer)
+        total += times * (kept([other, last], read) - last_kept)
+        most = backward(other, None)
+        layer, first_layer = max(layer, most - kept([other], None)), max(first_layer, most)
+    return DecoderHolds(total, last_kept, backward(last, read) - last_kept, layer, first_layer)
 
 
 @cache
@@ -295,15 +294,13 @@ def tower_holds(model: Skeleton, tokens: int, checkpointing: bool) -> TowerHolds
     if not tokens:
         return TowerHolds(0, 0, 0)
     every = model.encode(model.blocks, tokens, gradient=True, checkpointing=checkpointing)
-    features = tokens * model.config.vision.feature_width * model.model.dtype.itemsize
     block = first_block = 0
     for one in kinds(model.blocks):
         whole = model.encode([one], tokens, gradient=True, backward=True)
         kept = model.encode([one], tokens, gradient=True, checkpointing=checkpointing)
         block = max(block, whole.backward - kept.left)
         first_block = max(first_block, whole.backward)
-    # features are copied among the embeddings, and freed
-    return TowerHolds(every.left - features, block, first_block)
+    return TowerHolds(every.left, block, first_block)
 
 
 def kinds(layers: Sequence[nn.Module]) -> Counter[nn.Module]:
