@@ -25,7 +25,8 @@ import train_cls  # noqa: E402
 from benchmarks.material import make_checkpoint, make_images  # noqa: E402
 from benchmarks.step import endless_and_by_chance  # noqa: E402
 from grpo.flags.parser import parse_config  # noqa: E402
-from grpo.plan.memory import Facts, estimate_memory  # noqa: E402
+from grpo.plan.memory import estimate_memory  # noqa: E402
+from grpo.plan.sizes import Facts  # noqa: E402
 from models.families import read_config  # noqa: E402
 
 PACKS = "--tokens_per_pack 1136"  # then two of the four groups are a pack

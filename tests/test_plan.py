@@ -13,8 +13,9 @@ from grpo.flags.config import TrainingConfig
 from grpo.logps import chunk_tokens
 from grpo.pack import make_packs
 from grpo.plan.advice import USABLE, advise
-from grpo.plan.memory import Estimate, Facts, estimate_memory, peak_gb
+from grpo.plan.memory import Estimate, estimate_memory, peak_gb
 from grpo.plan.passes import Held, Skeleton, kinds
+from grpo.plan.sizes import Facts
 from grpo.rollout import Group
 from models.families import FAMILIES, parse_config
 from models.load import check_checkpoint, save_model

@@ -6,7 +6,6 @@ allocator's account. Fragments of the allocator are not counted.
 """
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 from grpo.engine.adamw import MOMENT_BYTES, NUMBERS
@@ -22,33 +21,12 @@ from grpo.plan.passes import (
     tower_forward,
     tower_holds,
 )
-from models.config import QwenVLConfig
-from models.decoding.generate import PREFILL, few_lengths
-from models.decoding.graphs import MOST
+from grpo.plan.sampling import EVAL_BATCH, graph_bytes, sampling_bytes
+from grpo.plan.sizes import Facts
 from models.four_bit import BYTES as FOUR_BIT_BYTES
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
-EVAL_BATCH = 32  # prompts that an evaluation takes at once
-GRAPH_NODE = 10e3  # bytes that CUDA holds for each operation of a graph
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What memory depends on besides the flags.
-
-    longest_prompt: tokens, of which at most image_tokens are of images; all prompts and completions
-    count as the longest. bf16: whether the model computes in it, else in float32. world: ranks.
-    device: "cpu" or "cuda". kernel: of attention, as `choose_implementation` names it.
-    """
-
-    model: QwenVLConfig
-    longest_prompt: int
-    image_tokens: int
-    bf16: bool
-    world: int
-    device: str
-    kernel: str
 
 
 def peak_gb(config: TrainingConfig, facts: Facts) -> float:
@@ -70,36 +48,35 @@ def estimate_memory(config: TrainingConfig, facts: Facts) -> dict[str, dict[str,
 
 
 class Estimate:
-    """Bytes on each rank, and the numbers (of weights) that they follow from."""
+    """Bytes on each rank: of each phase by purpose, and what they follow from."""
 
     def __init__(self, config: TrainingConfig, facts: Facts):
         self.config, self.facts, self.model = config, facts, facts.model
         self.cpu = facts.device == "cpu"
         self.size = 2 if facts.bf16 else 4  # bytes of a number in the computation
         lora = lora_of(config)
+        self.lora, self.frozen_vision = lora is not None, vision_is_frozen(config)
         self.layers = skeleton(
             facts.model,
-            lora,
-            config.adapter_name_or_path if lora else None,
-            facts.bf16,
-            facts.device,
-            facts.kernel,
+            lora=lora,
+            adapter=config.adapter_name_or_path if lora else None,
+            bf16=facts.bf16,
+            device=facts.device,
+            kernel=facts.kernel,
         )
-        self.counts = counts = self.layers.counts
-        self.lora = lora is not None
-        self.frozen_vision = vision_is_frozen(config)
-        frozen = counts.vision * self.frozen_vision  # not in the reference either
-        self.complete = counts.whole - frozen  # of the reference
-        self.trained = counts.adapters or self.complete
-        self.trained_vision = 0 if self.lora else counts.vision - frozen
+        counts = self.counts = self.layers.counts
+        # numbers: of all, of the reference, of what is trained, in 4 bits, of the head
         self.parameters = counts.whole + counts.adapters
-        self.packed = counts.decoder_matrices * config.load_in_4bit
+        self.complete = counts.whole - (counts.vision if self.frozen_vision else 0)
+        self.trained = counts.adapters or self.complete
+        self.trained_vision = 0 if self.frozen_vision or self.lora else counts.vision
+        self.packed = counts.decoder_matrices if config.load_in_4bit else 0
+        self.head = facts.model.vocab_size * facts.model.hidden_size
         # whether every rank holds the whole model, else how many ranks hold one together
         self.is_whole = facts.world == 1 or self.lora
         self.share = 1 if self.is_whole else config.shard_size or facts.world
-        self.light = config.optim in MOMENT_BYTES
-        self.prompts = math.ceil(config.prompts_per_step / facts.world)
-        self.head = facts.model.vocab_size * facts.model.hidden_size
+        self.light = config.optim in MOMENT_BYTES  # weights are their own masters
+        self.prompts = math.ceil(config.prompts_per_step / facts.world)  # of a rank
 
     def phases(self) -> dict[str, dict[str, float]]:
         """Bytes of each phase, by purpose."""
@@ -132,10 +109,11 @@ class Estimate:
             "libraries": LIBRARIES * self.cpu,
             "image features": features,
             "reference": 0 if config.cpu_offload else self.reference_weights,
-            "decoding": self.graphs(config.num_generations, self.prompts),
+            "decoding": graph_bytes(config, self.facts, self.prompts, config.num_generations),
         }
 
     def whole_model(self) -> dict[str, float]:
+        """Of a model that each rank holds whole."""
         masters = self.size == 2 and not self.light
         return {
             "weights": self.weights,
@@ -144,7 +122,7 @@ class Estimate:
         }
 
     def shards(self) -> dict[str, float]:
-        """A sharded model's, and the whole copy that a rank samples from."""
+        """Of a sharded model, and of the whole copy that a rank samples from."""
         here = 0 if self.config.cpu_offload else 1 / self.share
         frozen = (self.parameters - self.trained) * self.size
         return {
@@ -175,60 +153,27 @@ class Estimate:
             return 0
         return self.complete * self.size / self.share
 
-    def graphs(self, group: int, prompts: int) -> float:
-        """What CUDA graphs keep: the largest cache, an evaluation's or a rollout's, what the
-        largest decode step holds, and the graphs themselves."""
-        if not self.config.cuda_graphs:
-            return 0
-        batch = min(EVAL_BATCH, self.config.eval_samples or EVAL_BATCH)
-        shapes = [(prompts, group), (batch, max(1, self.config.eval_samples_per_prompt))]
-        longest = few_lengths(self.facts.longest_prompt)
-        cache = max(self.cache(*shape, longest) for shape in shapes)
-        logits = max(map(math.prod, shapes)) * self.model.vocab_size * self.drawing
-        return cache + logits + MOST * (60 + 17 * self.model.num_hidden_layers) * GRAPH_NODE
-
     # ---- rollout and evaluation ------------------------------------------------------------------
 
     def rollout(self) -> dict[str, float]:
+        shape = self.prompts, self.config.num_generations
         return {
-            "images, or cache and logits": self.sampling(self.prompts, self.config.num_generations),
+            "images, or cache and logits": self.sampling(*shape),
             "unpacked weights": 3 * self.unpacked,
         }
 
     def evaluation(self) -> dict[str, float]:
         """Of --eval_only: the whole model on each rank, and one batch of prompts."""
-        group = max(1, self.config.eval_samples_per_prompt)
+        shape = EVAL_BATCH, max(1, self.config.eval_samples_per_prompt)
         return {
             "libraries": LIBRARIES * self.cpu,
             "weights": self.weights,
-            "decoding": self.graphs(group, EVAL_BATCH),
-            "images, or cache and logits": self.sampling(EVAL_BATCH, group),
+            "decoding": graph_bytes(self.config, self.facts, *shape),
+            "images, or cache and logits": self.sampling(*shape),
         }
 
     def sampling(self, prompts: int, group: int) -> float:
-        """The most of: encoding all images; the cache beside a pass over prompts; the cache beside
-        the logits of a token of each sample. With CUDA graphs cache and logits stay."""
-        longest = self.facts.longest_prompt
-        images = prompts * tower_forward(self.layers, self.facts.image_tokens)
-        at_once = max(1, min(prompts, PREFILL // longest))
-        prefill = decoder_forward(self.layers, ((longest,),) * at_once)
-        if self.config.cuda_graphs:
-            return max(images, prefill)
-        logits = prompts * group * self.model.vocab_size * self.drawing
-        return max(images, self.cache(prompts, group, longest) + max(prefill, logits))
-
-    def cache(self, prompts: int, group: int, longest: int) -> int:
-        """Keys and values of prompts and of their samples, and a token's queries."""
-        model = self.model
-        tokens = prompts * (longest + group * self.config.max_completion_length)
-        heads = 2 * tokens * model.num_key_value_heads + prompts * group * model.num_attention_heads
-        return heads * model.head_dim * model.num_hidden_layers * self.size
-
-    @property
-    def drawing(self) -> int:
-        """Bytes for each logit while a token is drawn: itself and its exponential; with --top_p
-        also what is sorted, in float64."""
-        return 8 if self.config.top_p == 1 else 40
+        return sampling_bytes(self.config, self.facts, self.layers, prompts, group)
 
     @property
     def unpacked(self) -> int:
@@ -298,7 +243,8 @@ class Estimate:
         """The largest pack's rows: whole groups, and what is left as a part of one."""
         prompt, longest = self.facts.longest_prompt, self.config.max_completion_length
         group = (prompt, *[longest] * self.config.num_generations)
-        tokens = min(self.config.tokens_per_pack, self.prompts * sum(group))
+        most = max(self.config.tokens_per_pack, prompt + longest)  # no completion is cut
+        tokens = min(most, self.prompts * sum(group))
         whole, rest = divmod(tokens, sum(group))
         rows = (group,) * whole
         if rest > prompt:

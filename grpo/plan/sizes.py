@@ -1,4 +1,4 @@
-"""How many numbers the parts of a model have: for the memory plan."""
+"""What the memory plan starts from: facts of a run, and the sizes of its model's parts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,8 +6,27 @@ from dataclasses import dataclass
 from torch import nn
 
 from grpo.engine.adamw import BLOCK
+from models.config import QwenVLConfig
 from models.lora import LoRALinear, is_adapter
 from models.qwen_vl import QwenVL
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What memory depends on besides the flags.
+
+    longest_prompt: tokens, of which at most image_tokens are of images; all prompts and completions
+    count as the longest. bf16: whether the model computes in it, else in float32. world: ranks.
+    device: "cpu" or "cuda". kernel: of attention, as `choose_implementation` names it.
+    """
+
+    model: QwenVLConfig
+    longest_prompt: int
+    image_tokens: int
+    bf16: bool
+    world: int
+    device: str
+    kernel: str
 
 
 @dataclass(frozen=True)
