@@ -91,7 +91,8 @@ class LoRALinear(nn.Linear):
         out = super().forward(x)
         if not self.adapted:
             return out
-        return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        # in place: neither product is kept for the backward pass
+        return out.add_(F.linear(F.linear(x, self.lora_A), self.lora_B).mul_(self.scale))
 
     def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """W + scale B A in float32, (out, in), of this W and these adapters (their float32

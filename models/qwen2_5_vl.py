@@ -24,7 +24,6 @@ MODEL_TYPE = "qwen2_5_vl"
 ANSWERS_IN = "resized"  # pixels of the image as it was resized for the model
 BOX_FORM = "bbox_2d"  # the key of a box in answers
 PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
-KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:

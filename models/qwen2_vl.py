@@ -21,7 +21,6 @@ MODEL_TYPE = "qwen2_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
 BOX_FORM = "Position"  # the key of a box in answers
 PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
-KEPT_BY_VISION_MLP = 3  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:

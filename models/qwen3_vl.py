@@ -23,7 +23,6 @@ MODEL_TYPE = "qwen3_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
 BOX_FORM = "bbox_2d"  # the key of a box in answers
 PREFIXED_NAMES = True  # its weights are published as model.visual.* and model.language_model.*
-KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
