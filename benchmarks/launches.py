@@ -36,9 +36,10 @@ from grpo.pack import Pack, make_packs  # noqa: E402
 from grpo.rollout import Group  # noqa: E402
 from grpo.tally import Tally  # noqa: E402
 from models.config import QwenVLConfig  # noqa: E402
-from models.decoding.cache import KVCache, Layout  # noqa: E402
+from models.decoding.cache import Cache  # noqa: E402
 from models.decoding.storage import allocate  # noqa: E402
 from models.families import parse_config  # noqa: E402
+from models.mixer import Layout  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
 from models.qwen_vl import QwenVL, image_features  # noqa: E402
 
@@ -136,8 +137,8 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
         yield "vision tower", count
         with inside() as count:
             bounds = model.bounds([(length,) for length in lengths])
-            cache = KVCache(config, model.dtype, torch.device(device))
-            cache.divide(Layout(len(prompts), GROUP, max(lengths), completion))
+            cache = Cache(config, model.dtype, torch.device(device))
+            cache.prepare(Layout(len(prompts), GROUP, max(lengths), completion))
             cache.expect(0, lengths)
             model(ids, positions, bounds, features, cache, last)
         yield "prefill", count

@@ -2,19 +2,17 @@
 
     python -m benchmarks.memory
 
-Prints a table in Markdown: the peak over the phases of a step, with the flags' defaults in
-bfloat16, prompts of 1,024 tokens, on one GPU and on each of eight; all but the first and the last
-column with --tokens_per_pack 4096. Nothing is loaded or measured: the sizes below are those of the
-published config.json files, as far as a shape depends on them.
+Prints two tables in Markdown, of bfloat16 and prompts of 1,024 tokens: the peak over the phases of
+a step, with the flags' defaults on one GPU and on each of eight, and between them with
+--tokens_per_pack 4096 on one; and each phase's GB of two models. Nothing is loaded or measured: the
+sizes below are those of the published config.json files, as far as a shape depends on them.
 """
 
-import torch
-
 from grpo.flags.config import TrainingConfig
-from grpo.plan.memory import estimate_memory
+from grpo.plan.memory import Estimate, peak_gb
+from grpo.plan.sizes import Facts
 from models.config import QwenVLConfig
 from models.families import parse_config
-from models.qwen_vl import QwenVL
 
 PROMPT = 1024  # tokens
 TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
@@ -34,6 +32,7 @@ SIZES = {
     "Qwen3-VL 8B": (4096, 36, 32, 8, 12288, 151936, False),
     "Qwen3-VL 32B": (5120, 64, 64, 8, 25600, 151936, False),
 }
+PHASES = [("Qwen2-VL 2B", 1), ("Qwen2-VL 2B", 2), ("Qwen2-VL 7B", 8), ("Qwen2-VL 7B", 1)]
 
 
 def published(name: str) -> dict:
@@ -82,18 +81,15 @@ def published(name: str) -> dict:
     }  # fmt: skip
 
 
-def parameters(config: QwenVLConfig) -> tuple[int, int]:
-    """Of the model, and of its vision tower."""
-    with torch.device("meta"):
-        model = QwenVL(config)
-    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
+def facts(config: QwenVLConfig, world: int) -> Facts:
+    """Of prompts that are one image, on each of `world` GPUs."""
+    return Facts(config, PROMPT, PROMPT, True, world, "cuda", "flash_attention_2")
 
 
 def peak(config: QwenVLConfig, world: int, **flags) -> float:
     """The largest phase's GB on each of `world` GPUs."""
     settings = TrainingConfig(model_name_or_path="m", dataset_name="d", **flags)
-    place = (*parameters(config), PROMPT, PROMPT, True, world, "cuda:0")
-    return max(sum(p.values()) for p in estimate_memory(settings, config, *place).values())
+    return peak_gb(settings, facts(config, world))
 
 
 def main() -> None:
@@ -110,6 +106,14 @@ def main() -> None:
         cells += [peak(config, 1, **light, cpu_offload=True), peak(config, 1, **lora)]
         cells += [peak(config, 1, **lora, load_in_4bit=True), peak(config, 8)]
         print(f"| {name} | " + " | ".join(f"{gb:.0f}" for gb in cells) + " |")
+
+    print("\n| | stays | rollout | reference | training | optimizer |\n|---|---|---|---|---|---|")
+    for name, world in PHASES:
+        settings = TrainingConfig(model_name_or_path="m", dataset_name="d")
+        estimate = Estimate(settings, facts(parse_config(published(name), name), world))
+        parts = [estimate.stays(), *estimate.phases().values()]
+        cells = [f"{sum(part.values()) / 1e9:.1f}" for part in parts]
+        print(f"| {name}, {world} rank{'s' * (world > 1)} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ from grpo.engine.optimizer import Optimizer
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Draw, sample_groups
-from models.decoding.cache import KVCache, Layout
+from models.decoding.cache import Cache, cache_bytes
 from models.decoding.draw import Sampling, sample
 from models.decoding.generate import head as head_logits
 from models.decoding.step import DecodeStep
 from models.families import FAMILIES
 from models.load import load_model
+from models.mixer import Layout
 from models.processor import Processor
 from models.qwen_vl import image_features, with_image_features
 
@@ -127,9 +128,11 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
 
     lengths = [len(prompt) for prompt in prompts]
 
-    def filled() -> KVCache:
-        cache = KVCache(model.config, torch.float32, model.device)
-        cache.divide(Layout(PROMPTS, options.group, max(lengths), options.completion))
+    layout = Layout(PROMPTS, options.group, max(lengths), options.completion)
+
+    def filled() -> Cache:
+        cache = Cache(model.config, torch.float32, model.device)
+        cache.prepare(layout)
         cache.expect(0, lengths)
         with torch.no_grad():
             model(input_ids, positions, bounds, features, cache, torch.tensor([0]))
@@ -138,15 +141,17 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     frozen = replace(pack, prompts=with_image_features(model, prompts))
     cache = filled()
     middle = options.completion // 2  # of a completion
-    kept = sum(x.nbytes for layer in cache.layers for x in (layer.prompt_k, layer.prompt_v))
-    kept += sum(x.nbytes for layer in cache.layers for x in (layer.k, layer.v)) // 2
+    kept = cache_bytes(model.config, layout._replace(capacity=middle), torch.float32)
     with torch.no_grad():
         step = DecodeStep(model)
-    places = cache.places(list(range(samples)), lengths, middle)
-    where = torch.full((samples,), 400)
+    index = cache.index(list(range(samples)), lengths, middle)
+    before = [(x, x.clone()) for part in index.values() for x in part]
+    where, at = torch.full((samples,), 400), torch.tensor([middle])
 
     def decode():
-        step(tokens, where, cache, places, middle)
+        step(tokens, where, cache, index, at, middle + 1)
+        for x, first in before:  # the step has moved them on by a token
+            x.copy_(first)
 
     def train(logps_of_chunks):
         for logps in logps_of_chunks:

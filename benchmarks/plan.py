@@ -26,7 +26,8 @@ from benchmarks.material import make_checkpoint, make_images  # noqa: E402
 from benchmarks.step import endless_and_by_chance  # noqa: E402
 from grpo.flags.parser import parse_config  # noqa: E402
 from grpo.plan.memory import estimate_memory  # noqa: E402
-from models.load import check_checkpoint  # noqa: E402
+from grpo.plan.sizes import Facts  # noqa: E402
+from models.families import read_config  # noqa: E402
 
 PACKS = "--tokens_per_pack 1136"  # then two of the four groups are a pack
 CASES = {
@@ -68,11 +69,13 @@ def row(checkpoint: Path, output: Path, flags: str) -> list[str]:
     """Predicted / measured of each phase, of a run that has ended."""
     said = Path(f"{output}.plan").read_text()
     longest, images = map(int, re.search(r"(\d+) in the longest, (\d+) at", said).groups())
-    world = int(re.search(r"(\d+) x cuda", said)[1])
+    kernel, world = re.search(r"(\w+), (\d+) x cuda", said).groups()
     paths = ["--model_name_or_path", str(checkpoint), "--dataset_name", "d"]
     config, _ = parse_config(train_cls.Config, [*STEP.split(), *flags.split(), *paths])
-    sizes = check_checkpoint(checkpoint)
-    predicted = estimate_memory(config, *sizes, longest, images, True, world, "cuda:0")
+    facts = Facts(
+        read_config(checkpoint), longest, images, True, int(world), device="cuda", kernel=kernel
+    )
+    predicted = estimate_memory(config, facts)
     measured = [json.loads(line) for line in (output / "metrics.jsonl").open()][-1]
     cells = []
     for phase in PHASES:

@@ -19,8 +19,8 @@ from grpo.run.checks import named_weights
 from grpo.run.data import load_data
 from grpo.run.metrics import held_out_metrics
 from grpo.tally import Tally
-from models.families import parameter_name
 from models.load import load_model
+from models.names import parameter_name
 
 
 class Twin:

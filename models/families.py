@@ -7,14 +7,21 @@ from types import ModuleType
 from data.errors import UserError
 from models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from models.config import QwenVLConfig
+from models.mixer import Mixer
+from models.names import module_name
 
 FAMILIES = {module.MODEL_TYPE: module for module in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
 REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the dense models are"}
 
 
 def family_of(config: QwenVLConfig) -> ModuleType:
-    """The file with this model's `read`, `VisionTower` and what it was taught."""
+    """The file with this model's `read`, `mixer`, `VisionTower` and what it was taught."""
     return FAMILIES[config.family]
+
+
+def mixers_of(config: QwenVLConfig) -> list[type[Mixer]]:
+    """The kind of each decoder layer."""
+    return [family_of(config).mixer(config, index) for index in range(config.num_hidden_layers)]
 
 
 def read_config(folder: Path) -> QwenVLConfig:
@@ -62,21 +69,3 @@ def published_name(name: str, config: QwenVLConfig) -> str:
     if not family_of(config).PREFIXED_NAMES or name.startswith("lm_head"):
         return name
     return module_name(name)
-
-
-def module_name(name: str) -> str:
-    """A part's name here -> in transformers' model, whatever the files call it."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    return "model.language_model." + name.removeprefix("model.")
-
-
-def parameter_name(key: str) -> str:
-    """A weight's name in a file -> here: `model.visual.x` -> `visual.x` and so on; and of peft's
-    adapters, `base_model.model.model.visual.x.lora_A.weight` -> `visual.x.lora_A`."""
-    if ".lora_" in key:
-        key = key.removeprefix("base_model.model.").removesuffix(".weight")
-    for newer, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(newer):
-            return ours + key.removeprefix(newer)
-    return key

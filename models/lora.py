@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
-from models.families import module_name, parameter_name
 from models.four_bit import FourBitLinear
+from models.names import module_name, parameter_name
 
-DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -31,12 +30,13 @@ class LoRA:
     """Which linear layers have adapters, and of what size.
 
     targets: a name such as q_proj means that layer of every decoder layer, visual.qkv that of every
-    vision block; a complete name means one layer. base: the model that they belong to.
+    vision block; a complete name means one layer. Without targets, the decoder's layers say it
+    (`DecoderLayer.adapted`). base: the model that they belong to.
     """
 
     r: int
     alpha: float
-    targets: tuple[str, ...] = DECODER
+    targets: tuple[str, ...] = ()
     use_rslora: bool = False
     base: str | None = None
 
@@ -53,11 +53,15 @@ class LoRA:
         """Names of the layers that get an adapter. Raises UserError for a target without one."""
         modules = model.named_modules()  # the head works on chunks, outside of forward
         linear = [n for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"]
+        if not self.targets:
+            layers = enumerate(model.model.layers)
+            default = {f"model.layers.{i}.{name}" for i, layer in layers for name in layer.adapted}
+            return [name for name in linear if name in default]
         chosen = set()
         for target in self.targets:
-            place = "visual.blocks." if target.startswith("visual.") else "model.layers."
+            start = "visual.blocks." if target.startswith("visual.") else "model.layers."
             end = "." + target.removeprefix("visual.")
-            found = {n for n in linear if n == target or (n.startswith(place) and n.endswith(end))}
+            found = {n for n in linear if n == target or (n.startswith(start) and n.endswith(end))}
             if not found:
                 decoder = sorted(
                     {n.split(".")[-1] for n in linear if n.startswith("model.layers.")}
@@ -87,7 +91,8 @@ class LoRALinear(nn.Linear):
         out = super().forward(x)
         if not self.adapted:
             return out
-        return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        # in place: neither product is kept for the backward pass
+        return out.add_(F.linear(F.linear(x, self.lora_A), self.lora_B).mul_(self.scale))
 
     def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """W + scale B A in float32, (out, in), of this W and these adapters (their float32

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from models.attention import Bounds
+from models.attention import Attention
 from models.config import (
     ConfigPart,
     QwenVLConfig,
@@ -15,6 +15,7 @@ from models.config import (
     shared_vision_fields,
 )
 from models.layers import RMSNorm, SwiGLU
+from models.packed_attention import Bounds
 from models.qwen2_vl import decoder_fields
 from models.transfer import to_device
 from models.vision import PatchMerger, Tower, VisionBlock
@@ -23,7 +24,6 @@ MODEL_TYPE = "qwen2_5_vl"
 ANSWERS_IN = "resized"  # pixels of the image as it was resized for the model
 BOX_FORM = "bbox_2d"  # the key of a box in answers
 PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
-KEPT_BY_VISION_MLP = 4  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
@@ -51,6 +51,11 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if vision.window_size < vision.spatial_merge_size * vision.patch_size:
         raise UserError(f"{where}: a window of {vision.window_size} pixels holds no token")
     return check_sizes(config, where)
+
+
+def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
+    """The kind of decoder layer `index` (models/mixer.py)."""
+    return Attention
 
 
 class VisionTower(Tower):

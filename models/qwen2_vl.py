@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from models.attention import Attention
 from models.config import (
     ConfigPart,
     QwenVLConfig,
@@ -20,7 +21,6 @@ MODEL_TYPE = "qwen2_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
 BOX_FORM = "Position"  # the key of a box in answers
 PREFIXED_NAMES = False  # its weights are published as visual.* and model.*
-KEPT_BY_VISION_MLP = 3  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
@@ -66,6 +66,11 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
         "mrope_interleaved": False,
     }
+
+
+def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
+    """The kind of decoder layer `index` (models/mixer.py)."""
+    return Attention
 
 
 class QuickGELUMLP(nn.Module):

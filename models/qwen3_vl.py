@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
+from models.attention import Attention
 from models.config import (
     ConfigPart,
     QwenVLConfig,
@@ -22,7 +23,6 @@ MODEL_TYPE = "qwen3_vl"
 ANSWERS_IN = "thousandths"  # of the image: the unit of the coordinates that it was taught
 BOX_FORM = "bbox_2d"  # the key of a box in answers
 PREFIXED_NAMES = True  # its weights are published as model.visual.* and model.language_model.*
-KEPT_BY_VISION_MLP = 2  # tensors of its inner width that autograd keeps: for the memory plan
 
 
 def read(raw: dict, where: str) -> QwenVLConfig:
@@ -64,6 +64,11 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     if round(entries**0.5) ** 2 != entries:
         raise UserError(f"{where}: num_position_embeddings is {entries}, not a square")
     return check_sizes(config, where)
+
+
+def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
+    """The kind of decoder layer `index` (models/mixer.py)."""
+    return Attention
 
 
 class TanhGELUMLP(nn.Module):
@@ -140,12 +145,12 @@ class VisionTower(Tower):
         grids_of = torch.tensor(grids)
         sizes = grids_of[:, 1:].repeat_interleave(grids_of.prod(1), 0)
         sizes = sizes.clamp(min=2)  # a single row or column is entry 0
-        for place, size in zip(self.places(grids), sizes.T, strict=True):
-            place = place.float() * (side - 1) / (size - 1)
-            low = place.floor()
+        for at, size in zip(self.coordinates(grids), sizes.T, strict=True):
+            at = at.float() * (side - 1) / (size - 1)
+            low = at.floor()
             near.append(low.long())
             far.append((low.long() + 1).clamp(max=side - 1))
-            weight.append(1 - (place - low))  # of the near one; the far one has the rest
+            weight.append(1 - (at - low))  # of the near one; the far one has the rest
         near, far, weight = ([to_device(x, device) for x in two] for two in (near, far, weight))
         total = 0
         for rows, down in ((near[0], weight[0]), (far[0], 1 - weight[0])):

@@ -7,7 +7,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from demo.published import config_dict
-from models.families import parameter_name
+from models.names import parameter_name
 from models.qwen_vl import image_features
 from tests.tiny import IMAGE
 

@@ -1,5 +1,6 @@
 """Running the training scripts, and reading what they wrote."""
 
+import importlib.util
 import json
 import os
 import random
@@ -35,6 +36,16 @@ def train(folder: Path, *argv: str, script=train_cls) -> list[dict]:
     """Runs the script's main() in this process; the numbers of each step (`read_steps`)."""
     assert script.main(["--output_dir", str(folder), *argv]) == 0
     return read_steps(folder)
+
+
+def module_of(path: Path):
+    """A changed copy of a source as a module of its own."""
+    name = "changed_" + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def read_lines(path: Path) -> list[dict]:

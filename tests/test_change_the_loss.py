@@ -1,18 +1,16 @@
 """docs/change-the-loss.md: each diff applies, runs on the demo, and does what the page says."""
 
-import importlib.util
 import math
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 
 import train_cls
-from tests.runs import ROOT, SHORT, read_lines, read_steps, train
+from tests.runs import ROOT, SHORT, module_of, read_lines, read_steps, train
 from tests.tiny import loss_flags, loss_tokens
 
 PAGE = (ROOT / "docs" / "change-the-loss.md").read_text()
@@ -21,7 +19,7 @@ COMMANDS = re.findall(r"^    torchrun train_cls\.py (.*)$", PAGE, flags=re.MULTI
 FILES = ("train_cls.py", "grpo/loss.py")
 
 
-@pytest.fixture(scope="module", params=range(3), ids=["reward", "advantage", "loss"])
+@pytest.fixture(scope="module", params=range(4), ids=["reward", "advantage", "loss", "buffer"])
 def changed(request, tmp_path_factory):
     """(which, a folder of sources with that diff applied, the flags of the page's command)."""
     folder = tmp_path_factory.mktemp("changed")
@@ -40,16 +38,11 @@ def changed(request, tmp_path_factory):
 
 def module(folder, file: str):
     """A changed source as a module of its own."""
-    name = "changed_" + file.replace("/", "_").removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(name, folder / file)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
+    return module_of(folder / file)
 
 
-def test_the_page_has_three_diffs_each_with_its_command():
-    assert len(DIFFS) == len(COMMANDS) == 3
+def test_the_page_has_four_diffs_each_with_its_command():
+    assert len(DIFFS) == len(COMMANDS) == 4
 
 
 def test_each_change_does_on_the_demo_what_the_page_says(changed, tmp_path, monkeypatch, plain):
@@ -58,9 +51,18 @@ def test_each_change_does_on_the_demo_what_the_page_says(changed, tmp_path, monk
     script.DEMO = train_cls.DEMO
     loss = module(folder, "grpo/loss.py")
     monkeypatch.setattr(script, "step_advantages", loss.step_advantages)
-    monkeypatch.setattr(script, "policy_loss", loss.policy_loss)
+    trained = []
+
+    def recorded(tokens, config):
+        trained.append(tokens)
+        return loss.policy_loss(tokens, config)
+
+    monkeypatch.setattr(script, "policy_loss", recorded)
+    flags += ["--warmup_ratio", "0"] if which == 3 else []  # else step 1 has the rate 0
     steps = train(tmp_path / "run", *SHORT, *flags, script=script)
     completions = read_lines(tmp_path / "run" / "completions.jsonl")
+    if which == 3:
+        return replayed(trained, completions)
     [new_reward, positive_only, gmpo][which](steps, completions, flags, tmp_path, plain)
 
 
@@ -93,6 +95,21 @@ def gmpo(steps, completions, flags, tmp_path, plain) -> None:
     """The formula itself is tested below; its count is logged under its name."""
     assert flags[:2] == ["--num_iterations", "2"] and steps[2]["grad_norm"] > 0
     assert 0 <= steps[2]["clip_ratio/gmpo_mean"] <= 1 and "clip_ratio/low_mean" not in steps[2]
+
+
+def replayed(trained, completions) -> None:
+    """Step 2 trains on the groups of step 1 again, whose old policy is that of step 1."""
+    sampled = [sum(c["tokens"] for c in completions if c["step"] == step) for step in (1, 2)]
+    first, second = [], []
+    for tokens in trained:
+        (second if sum(len(t.logps) for t in first) == sampled[0] else first).append(tokens)
+    assert sum(len(t.logps) for t in second) == sum(sampled)
+    moved = [
+        torch.cat([(t.logps - t.old_logps).detach().abs() for t in step])
+        for step in (first, second)
+    ]
+    assert moved[0].max() < 1e-4 < moved[1].max()
+    assert (moved[1][: sampled[1]].max()) < 1e-4, "a step's own groups come first"
 
 
 @pytest.mark.parametrize("changed", [2], indirect=True, ids=["loss"])

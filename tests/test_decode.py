@@ -1,19 +1,17 @@
 """Decoding: its cache and shapes, against the full forward pass and transformers; the draw."""
 
-import random
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from models.decoding.cache import KVCache, Layout
+from models.decoding.cache import Cache
 from models.decoding.draw import BLOCK, Sampling, sample
-from models.decoding.generate import SHAPES, Shapes, Table, few_lengths, generate, halved
+from models.decoding.generate import generate
 from models.decoding.graphs import Graphs
-from models.decoding.step import DecodeStep
-from models.lora import LoRA
+from models.decoding.rectangle import SHAPES, HalvedRectangle, few_lengths, halved
+from models.mixer import Layout
 from models.qwen_vl import image_features
 from tests.peer import reference_inputs, reference_model
 from tests.test_models import GRIDS
@@ -140,69 +138,6 @@ def test_a_model_that_has_diverged_is_not_sampled_from(temperature):
         generate(model, [prompt], 2, Sampling(3, temperature), torch.full((2, 3), 0.5).double())
 
 
-@pytest.mark.parametrize("halves", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_samples_that_finish_leave_the_others_as_they_are(seed, qk_norm, halves):
-    """The cache's rectangle shrinks, prompts leave it, places stay empty: each sample sees its own.
-
-    Against attention over each sample's whole sequence by itself, in float64. What a decode step
-    forms and nobody should read (rotated v, say) is random.
-    """
-    torch.manual_seed(seed)
-    chance, (heads, kv_heads, dim) = random.Random(seed), (4, 2, 6)
-    lengths, group, steps = [5, 3, 7], 4, 9
-    sizes = replace(
-        tiny_config(), num_hidden_layers=1, hidden_size=24, head_dim=dim, qk_norm=qk_norm
-    )
-    cache = KVCache(sizes, torch.float64, torch.device("cpu"))
-    cache.divide(Layout(3, group, max(lengths) + 2, steps))
-    whole = len(cache.layers[0].own)
-
-    def new(count):
-        return [
-            torch.randn(count, h, dim, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)
-        ]
-
-    _, k, v = new(sum(lengths))
-    cache.expect(0, lengths)
-    cache.store_prompts(0, k, v)
-    parts = [x.split(lengths) for x in (k, v)]
-    past = [[parts[0][s // group], parts[1][s // group]] for s in range(3 * group)]
-    table = Table([[b * group + g for g in range(group)] for b in range(3)])
-    ended, shrank = [False] * 3 * group, 0
-    for step in range(steps):
-        flat = [who for row in table.samples for who in row]
-        taken = [place for place, who in enumerate(flat) if halves or who is not None]
-        places = cache.places(taken, [lengths[b] for b in table.prompts], step)
-        places.written[:, :, step] = 0
-        q, k, v = new(len(taken))
-        product, rotated = torch.randn(2, len(taken), heads + 2 * kv_heads, dim).double()
-        product[:, -kv_heads:] = v
-        rotated = rotated[:, :, None].repeat(1, 1, cache.rotations, 1)
-        rotated[:, :heads, 0], rotated[:, heads:-kv_heads, -1] = q, k
-        rows = torch.cat((product.flatten(0, 1), rotated.flatten(0, 2)))
-        out = cache.attend(0, rows, places, step + 1).view(-1, heads, dim)
-        for row, who in enumerate(flat[place] for place in taken):
-            if who is None:
-                continue
-            past[who] = [
-                torch.cat((old, x[row : row + 1])) for old, x in zip(past[who], (k, v), strict=True)
-            ]
-            keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in past[who])
-            scores = torch.einsum("hd,lhd->hl", q[row], keys) / dim**0.5
-            expected = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
-            torch.testing.assert_close(out[row], expected, atol=1e-12, rtol=1e-12)
-        live = [who for who in flat if who is not None]
-        for who in chance.sample(live, min(len(live) - 1, chance.randint(0, 3))):
-            ended[who] = True
-        table.drop(ended)
-        if smaller := table.smaller(halves):
-            cache.shrink(*smaller, step + 1)
-            shrank += 1
-    assert shrank > 1 and len(cache.layers[0].own) < whole / 2
-
-
 @pytest.mark.parametrize("size, needed, expected", [(8, 5, 8), (8, 4, 4), (7, 4, 4), (7, 1, 1)])
 def test_a_side_is_halved_as_often_as_it_can_be(size, needed, expected):
     assert halved(size, needed) == expected
@@ -210,20 +145,20 @@ def test_a_side_is_halved_as_often_as_it_can_be(size, needed, expected):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_the_shapes_for_a_gpu_draw_the_same_tokens(monkeypatch, family):
-    """Rows of nobody, samples that have ended and go on for some tokens, halved rectangles."""
+    """Slots of nobody, samples that are drawn on after their end, halved rectangles."""
     model = tiny_model(family_config(family))
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
     sampling = Sampling(21, stop_ids=tuple(range(0, 50, 4)))
     uniforms = torch.rand(24, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = generate(model, prompts, 8, sampling, uniforms)
     sizes = []
-    original = KVCache.shrink
+    original = Cache.shrink
     monkeypatch.setattr(
-        KVCache,
+        Cache,
         "shrink",
         lambda self, *args: (original(self, *args), sizes.append(self.layout[:2])),
     )
-    monkeypatch.setitem(SHAPES, "cpu", Shapes(2, True, 8))
+    monkeypatch.setitem(SHAPES, "cpu", HalvedRectangle(2, 8))
     found = generate(model, prompts, 8, sampling, uniforms)
     assert found[0] == expected[0]
     for one, other in zip(found[1], expected[1], strict=True):
@@ -273,24 +208,6 @@ def test_replayed_steps_draw_what_launched_ones_draw(family):
                 parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("case", ["qwen2_vl", "qwen3_vl", "adapters"])
-def test_a_refreshed_step_has_the_weights_of_this_moment(case):
-    """Copies (biases, norms of q and k, adapters) too, each where it was: graphs read it there."""
-    model = tiny_model(family_config("qwen2_vl" if case == "adapters" else case))
-    if case == "adapters":
-        model.adapt(LoRA(4, 8.0))
-    model = model.double()
-    step = DecodeStep(model)
-    places = [tensor.data_ptr() for tensor in step._tensors()]
-    with torch.no_grad():
-        for parameter in model.model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-        step.refresh(model)
-    assert [tensor.data_ptr() for tensor in step._tensors()] == places
-    for kept, new in zip(step._tensors(), DecodeStep(model)._tensors(), strict=True):
-        assert torch.equal(kept, new)
-
-
 @pytest.mark.parametrize("length, expected", [(1, 64), (65, 128), (300, 320), (1000, 1024)])
 def test_lengths_are_rounded_to_few(length, expected):
     assert few_lengths(length) == expected
@@ -298,13 +215,15 @@ def test_lengths_are_rounded_to_few(length, expected):
 
 
 def test_a_cache_that_grows_is_freed_first():
-    cache = KVCache(tiny_config(), torch.float32, torch.device("cpu"))
-    cache.divide(Layout(2, 3, 5, 7))
-    old, kept = weakref.ref(cache.memory), cache.memory.data_ptr()
-    cache.divide(Layout(1, 3, 5, 7))
-    assert cache.memory.data_ptr() == kept and cache.holds(Layout(2, 3, 5, 7))
+    cache = Cache(tiny_config(), torch.float32, torch.device("cpu"))
+    cache.prepare(Layout(2, 3, 5, 7))
+    (memory,) = cache.memory.values()
+    old, kept = weakref.ref(memory), memory.data_ptr()
+    del memory
+    cache.prepare(Layout(1, 3, 5, 7))
+    assert old().data_ptr() == kept and cache.holds(Layout(2, 3, 5, 7))
     alive, zeros = [], torch.zeros
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *a, **k: alive.append(old()) or zeros(*a, **k))
-        cache.divide(Layout(2, 3, 5, 8))
+        cache.prepare(Layout(2, 3, 5, 8))
     assert alive == [None]

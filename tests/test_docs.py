@@ -1,9 +1,11 @@
 """README and docs/ point at what exists."""
 
+import inspect
 import re
 
 import pytest
 
+import train_cls
 from tests.runs import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +44,34 @@ def test_modules_and_flags_that_are_named_exist(page):
         "max_restarts",
     }  # torchrun
     others |= {"shutdown", "no", "target"}  # --shutdown-timeout, pip's --no-deps and --target
+    others |= {"git"}  # a diff's first line
     elsewhere = set(re.findall(r'^    "(\w+)": "', code, flags=re.MULTILINE))
     for name in re.findall(r"--([a-z]\w+)", text):
         known = ours | others | (elsewhere if page.name == "from-visual-rft.md" else set())
         assert name in known, f"--{name}"
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loop_in_readme_stands_in_the_script():
+    """Its lines, in their order; what is left out is bookkeeping."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    script = iter(line.strip() for line in inspect.getsource(train_cls.train).splitlines())
+    for line in block.splitlines():
+        assert any(there.startswith(line.strip()) for there in script), line
+
+
+def test_readme_is_short_and_counts_its_rooms_well():
+    assert README.count("\n") <= 125
+    rooms = re.findall(r"^\| (\[.*?) \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    assert len(rooms) >= 6
+    for links, said in rooms:
+        paths = [ROOT / path for path in re.findall(r"\]\((.*?)\)", links)]
+        files = [
+            f
+            for path in paths
+            for f in (path.rglob if path.name == "models" else path.glob)("*.py")
+        ]
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert lines == pytest.approx(int(said.replace(",", "")), rel=0.05), f"{links}: {lines}"

@@ -17,9 +17,10 @@ from grpo.pack import make_packs
 from grpo.rollout import Group
 from models.decoding.draw import Sampling
 from models.decoding.generate import generate
-from models.decoding.storage import joined
-from models.families import FAMILIES, parameter_name, parse_config, read_config
+from models.decoding.product import joined
+from models.families import FAMILIES, parse_config, read_config
 from models.load import load_model, weight_files
+from models.names import parameter_name
 from models.qwen_vl import image_features, with_image_features
 from tests.peer import own_hidden, reference_inputs, reference_model
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt

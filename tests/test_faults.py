@@ -31,6 +31,8 @@ from benchmarks.soak import soak
 from data.errors import RewardFault, UserError
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
+from grpo.plan.advice import PASSES
+from grpo.plan.plan import Plan
 from grpo.run import exits, folder
 from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
@@ -321,21 +323,25 @@ def test_a_token_far_from_the_reference_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "function, phase, lower",
+    "function, phase, helps",
     [
         (
             "policy_loss",
             r"training of step 1 at \d+ tokens in a pack",
-            r"--tokens_per_pack \(16384",
+            r"a smaller --tokens_per_pack \(it is 16384\), --gradient_checkpointing true or",
         ),
-        ("sample_groups", "rollout of step 1", "--prompts_per_step, --num_generations"),
-        ("judge", "evaluation", "--max_completion_length"),
-        ("load_models", "loading", "the model's share of a rank"),
-        ("pack_chunks", r"gradient check at \d+ tokens in a pack", "--tokens_per_pack"),
-        ("save_checkpoint", "saving of step 1", "the model's share of a rank"),
+        (
+            "sample_groups",
+            "rollout of step 1",
+            "a smaller --num_generations",
+        ),
+        ("judge", "evaluation", "a smaller --max_completion_length"),
+        ("load_models", "loading", "--freeze_vision, .*--use_peft, .*a smaller model"),
+        ("pack_chunks", r"gradient check at \d+ tokens in a pack", "a smaller --tokens_per_pack"),
+        ("save_checkpoint", "saving of step 1", "--freeze_vision, .*--use_peft, .*a smaller model"),
     ],
 )
-def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, function, phase, lower):
+def test_out_of_memory_says_where_and_what_helps(tmp_path, monkeypatch, function, phase, helps):
     """An allocation that really fails."""
     owners = {"pack_chunks": grpo.run.checks, "save_checkpoint": grpo.run.run}
     owner = owners.get(function, train_cls)
@@ -347,16 +353,17 @@ def test_out_of_memory_says_where_and_what_to_lower(tmp_path, monkeypatch, funct
         return true(*arguments)
 
     monkeypatch.setattr(owner, function, greedy)
-    with pytest.raises(ValueError, match=f"out of memory in {phase}.*lower {lower}"):
+    with pytest.raises(ValueError, match=f"out of memory in {phase}: try {helps}"):
         train(tmp_path / "run", *SHORT, "--save_steps", "1")
 
 
 def test_out_of_memory_on_a_gpu_names_the_predicted_peaks():
     clock = Clock(Ranks(0, 1, torch.device("cpu")))
     clock.phase("training", 4096)
-    clock.lower = ["  --tokens_per_pack 4096   19.2 GB"]
-    said = str(clock.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), 16384))
-    assert "lower --tokens_per_pack (16384)" in said
+    helps = {PASSES: "a smaller --tokens_per_pack (it is 16384)"}
+    plan = Plan("", 1, True, ["  --tokens_per_pack 4096   19.2 GB"], helps)
+    said = str(clock.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), plan))
+    assert "training at 4096 tokens in a pack: try a smaller --tokens_per_pack (it is 1" in said
     assert said.endswith("\nPredicted peaks:\n  --tokens_per_pack 4096   19.2 GB")
 
 

@@ -16,7 +16,8 @@ from grpo.engine.ranks import Ranks
 from grpo.engine.shard import checksum, load_weights
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
-from models.decoding.storage import allocate, joined
+from models.decoding.product import joined
+from models.decoding.storage import allocate
 from models.families import FAMILIES
 from models.four_bit import BYTES, FourBitLinear, four_bit_layers
 from models.load import empty_model, load_model

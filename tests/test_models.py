@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 
 import models.load
 from demo.published import save_model
-from models.attention import Bounds, attention, choose_implementation
-from models.families import parameter_name
 from models.load import load_model
+from models.names import parameter_name
+from models.packed_attention import Bounds, attention, choose_implementation
 from models.prompt import mrope_position_ids
 from models.qwen_vl import image_features
 from tests.peer import own_hidden, reference_inputs, reference_model

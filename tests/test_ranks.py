@@ -15,7 +15,6 @@ from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
 from grpo.flags.combine import without_effect
-from grpo.run.clock import WHAT_TO_LOWER
 from models.load import load_model
 from tests.ranks import SMALL, score, uneven_packs
 from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
@@ -309,7 +308,3 @@ def test_sharding_that_these_ranks_cannot_do_is_refused():
     with pytest.raises(ValueError, match="the device is the CPU already"):
         check_sharding(ranks, None, True)
     check_sharding(ranks, 2, False)
-
-
-def test_every_phase_that_can_run_out_of_memory_says_what_to_lower():
-    assert all(text.count("--") for text in WHAT_TO_LOWER.values())

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import UserError
-from models.lora import DECODER, LoRA, read_adapter
+from models.lora import LoRA, read_adapter
 
 
 def lora_of(config) -> LoRA | None:
@@ -22,7 +22,7 @@ def lora_of(config) -> LoRA | None:
         return None
     folder = config.adapter_name_or_path
     if folder is None:
-        targets = tuple(config.lora_target_modules or DECODER)
+        targets = tuple(config.lora_target_modules or ())
         base = config.model_name_or_path
         lora = LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
     else:

@@ -1,358 +1,327 @@
-"""The memory a run will need, phase by phase, from the sizes of the model and the flags.
+"""The memory a run will need, phase by phase, from the model and the flags.
 
-Weights, gradients, moments and caches follow from their sizes, what autograd keeps from the
-operations of a layer. docs/memory.md derives each part and compares the sum with the allocator's
-account. Fragments of the allocator are not counted.
+Weights, gradients, moments and caches follow from their sizes; what passes hold is asked of the
+layers (grpo/plan/passes.py). docs/memory.md derives each part and compares the sum with the
+allocator's account. Fragments of the allocator are not counted.
 """
 
 import math
-from dataclasses import replace
-from typing import NamedTuple
+from functools import cached_property
 
 from grpo.engine.adamw import MOMENT_BYTES, NUMBERS
-from grpo.engine.adapters import vision_is_frozen
+from grpo.engine.adapters import lora_of, vision_is_frozen
 from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
-from grpo.plan.sizes import adapter_parameters, block_padding, decoder_matrices, root_and_layer
-from grpo.rollout import EVAL_BATCH
-from models.config import QwenVLConfig
-from models.decoding.generate import PREFILL, few_lengths
-from models.decoding.graphs import MOST
-from models.families import family_of
+from grpo.plan.passes import (
+    Rows,
+    TowerHolds,
+    decoder_forward,
+    decoder_holds,
+    skeleton,
+    tower_forward,
+    tower_holds,
+)
+from grpo.plan.sampling import EVAL_BATCH, graph_bytes, sampling_bytes
+from grpo.plan.sizes import Facts
 from models.four_bit import BYTES as FOUR_BIT_BYTES
 from models.load import MAX_FILE_BYTES
 
 LIBRARIES = 0.42e9  # bytes of torch, transformers and the tokenizer, in the CPU's memory
-GRAPH_NODE = 10e3  # bytes that CUDA holds for each operation of a graph
 
 
-def peak_gb(config: TrainingConfig, *facts) -> float:
-    """The largest phase's GB on a rank. facts: as for `estimate_memory`."""
-    return max(sum(parts.values()) for parts in estimate_memory(config, *facts).values())
+def peak_gb(config: TrainingConfig, facts: Facts) -> float:
+    """GB (1e9 bytes) of the largest phase on a rank."""
+    return max(sum(parts.values()) for parts in estimate_memory(config, facts).values())
 
 
-def estimate_memory(
-    config: TrainingConfig,
-    model: QwenVLConfig,
-    parameters: int,
-    vision_parameters: int,
-    longest_prompt: int,
-    image_tokens: int,
-    bf16: bool,
-    world: int,
-    device: str,
-) -> dict[str, dict[str, float]]:
-    """Gigabytes (1e9 bytes) per rank: for each phase of a step, by purpose.
+def estimate_memory(config: TrainingConfig, facts: Facts) -> dict[str, dict[str, float]]:
+    """GB (1e9 bytes) on each rank: for each phase of a step, by purpose.
 
-    parameters: of the complete model, with the tower's vision_parameters. longest_prompt: tokens;
-    image_tokens: of its images; all prompts and completions count as the longest. --cuda_graphs
-    counts if it is true, not by default.
+    --cuda_graphs counts if it is true, not by default.
+    Raises UserError for an adapter that does not fit the model.
     """
-    size, lengths = (2 if bf16 else 4), (longest_prompt, image_tokens)
-    adapters, merged = adapter_parameters(config, model)
-    if config.eval_only:
-        return evaluation_memory(config, model, parameters + adapters, lengths, size, device)
-    frozen = vision_parameters * vision_is_frozen(config)  # no part of the reference either
-    trained = adapters or parameters - frozen
-    parameters += adapters
-    prompts = math.ceil(config.prompts_per_step / world)
-    longest = longest_prompt + config.num_generations * config.max_completion_length
-    tokens = min(config.tokens_per_pack, prompts * longest)  # of the largest pack
-    rows = math.ceil(tokens / longest)
-    at = activation_numbers(config, model, tokens, rows, lengths, device == "cpu")
-    read = min(tokens, rows * (longest - longest_prompt))  # by the head, of the largest pack
-    chunk = min(chunk_tokens(model.vocab_size, device), read)
-    head = model.vocab_size * model.hidden_size
-    logits = chunk * model.vocab_size * (6 if bf16 else 4)  # in float32, beside a copy in bf16
-    whole = world == 1 or adapters > 0  # every rank holds the whole model
-    share = 1 if whole else config.shard_size or world  # ranks that hold the model together
-    light = config.optim in MOMENT_BYTES
-    gradients = trained * (size if light else 4) / share
-    root, at_once = root_and_layer(model, parameters)
-    packed = decoder_matrices(model) * config.load_in_4bit
-    padding = block_padding(model) * (config.optim == "adamw_8bit")
-    fixed = what_stays(config, parameters, trained, size, whole, share, packed, padding)
-    fixed["libraries"] = LIBRARIES * (device == "cpu")
-    unpacked = model.intermediate_size * model.hidden_size * size * config.load_in_4bit
-    gathered = leaving = 0
-    if not whole:
-        gathered = (root + 2 * at_once if config.reshard_after_forward else parameters) * size
-        # a group's gradients as backward makes them, and in float32 as they leave
-        leaving = (size + 4) * (not adapters)
-    if config.cpu_offload and not adapters and not (whole and light):
-        gradients = 0  # in the CPU's memory; on one rank one after the other
-    features = prompts * image_tokens * model.vision.feature_width * vision_is_frozen(config)
-    fixed["image features"] = features * size
-    reference = (parameters - frozen) * size / share * (config.beta > 0 and not adapters)
-    fixed["reference"] = reference * (not config.cpu_offload)
-    fixed["decoding"] = decoding_bytes(config, model, prompts, longest_prompt, size)
-    kept, beside = backward_peak(
-        at,
-        size,
-        logits + loss_bytes(config, model, read, chunk),
-        head=0 if adapters else head,
-        head_gradient=(size if light or not whole else 4) * (gradients > 0),
-        gradients=gradients,
-        of_tower=gradients * (vision_parameters - frozen) / trained,
-        earlier=tokens < prompts * longest,
-        leaving=(at_once * leaving, root * leaving),
-    )
-    phases = {
-        "rollout": {
-            "images, or cache and logits": rollout_bytes(config, model, prompts, lengths, size),
-            "unpacked weights": 3 * unpacked,
-        },
-        "reference": {
-            "gathered layers": gathered,
-            "its weights": reference * (whole and config.cpu_offload),
-            "activations or logits": max(at.forward * size, logits),
-            "unpacked weights": unpacked,
-        },
-        "training": {
-            "gathered layers": gathered,
-            "activations": kept * size,
-            "head or gradients": beside,
-            "unpacked weights": unpacked,
-        },
-        "optimizer": {"gradients": gradients, "rows": light * 36 * min(NUMBERS, head / share)},
-    }
-    if config.beta == 0 and config.num_iterations == 1:
-        del phases["reference"]
-    if device == "cpu":  # a GPU's memory holds no file
-        file = largest_file(config, parameters * size, trained, head) / share
-        merging = max(merged, packed) * size / share
-        phases["saving"] = {"merged weights": merging, "file on its way": 2 * file}
+    phases = Estimate(config, facts).phases()
     return {
-        phase: {name: value / 1e9 for name, value in {**fixed, **parts}.items()}
+        phase: {purpose: size / 1e9 for purpose, size in parts.items()}
         for phase, parts in phases.items()
     }
 
 
-def loss_bytes(config: TrainingConfig, model: QwenVLConfig, read: int, chunk: int) -> int:
-    """What a loss needs beside the logits: one of whole completions the slopes of all `read` tokens
-    of a pack; a gradient of the entropy a buffer of a chunk, or with both the gradients too."""
-    more = 4 * (config.entropy_coef != 0)
-    whole = config.importance_sampling_level != "token"
-    return chunk * model.vocab_size * more + read * model.hidden_size * (4 + more) * whole
+class Estimate:
+    """Bytes on each rank: of each phase by purpose, and what they follow from."""
 
+    def __init__(self, config: TrainingConfig, facts: Facts):
+        self.config, self.facts, self.model = config, facts, facts.model
+        self.cpu = facts.device == "cpu"
+        self.size = 2 if facts.bf16 else 4  # bytes of a number in the computation
+        lora = lora_of(config)
+        self.lora, self.frozen_vision = lora is not None, vision_is_frozen(config)
+        self.layers = skeleton(
+            facts.model,
+            lora=lora,
+            adapter=config.adapter_name_or_path if lora else None,
+            bf16=facts.bf16,
+            device=facts.device,
+            kernel=facts.kernel,
+        )
+        counts = self.counts = self.layers.counts
+        # numbers: of all, of the reference, of what is trained, in 4 bits, of the head
+        self.parameters = counts.whole + counts.adapters
+        self.complete = counts.whole - (counts.vision if self.frozen_vision else 0)
+        self.trained = counts.adapters or self.complete
+        self.trained_vision = 0 if self.frozen_vision or self.lora else counts.vision
+        self.packed = counts.decoder_matrices if config.load_in_4bit else 0
+        self.head = facts.model.vocab_size * facts.model.hidden_size
+        # whether every rank holds the whole model, else how many ranks hold one together
+        self.is_whole = facts.world == 1 or self.lora
+        self.share = 1 if self.is_whole else config.shard_size or facts.world
+        self.light = config.optim in MOMENT_BYTES  # weights are their own masters
+        self.prompts = math.ceil(config.prompts_per_step / facts.world)  # of a rank
 
-def evaluation_memory(
-    config: TrainingConfig,
-    model: QwenVLConfig,
-    parameters: int,
-    lengths: tuple[int, int],
-    size: int,
-    device: str,
-) -> dict[str, dict[str, float]]:
-    """`estimate_memory` of --eval_only: the whole model on each rank, and one batch of prompts."""
-    packed = decoder_matrices(model) * config.load_in_4bit
-    group = max(1, config.eval_samples_per_prompt)
-    some = replace(config, num_generations=group)
-    parts = {
-        "libraries": LIBRARIES * (device == "cpu"),
-        "weights": (parameters - packed) * size + packed * FOUR_BIT_BYTES,
-        "decoding": decoding_bytes(some, model, EVAL_BATCH, lengths[0], size),
-        "images, or cache and logits": rollout_bytes(some, model, EVAL_BATCH, lengths, size),
-    }
-    return {"evaluation": {name: value / 1e9 for name, value in parts.items()}}
-
-
-def backward_peak(
-    at: "Activations",
-    size: int,
-    logits: int,
-    head: int,
-    head_gradient: int,
-    gradients: float,
-    of_tower: float,
-    earlier: bool,
-    leaving: tuple[int, int],
-) -> tuple[float, float]:
-    """Where a training pass holds most: (numbers that autograd keeps, bytes beside them).
-
-    size: bytes of a number. logits: bytes. head: numbers of it that are trained, each with a
-    gradient of head_gradient bytes. gradients: bytes of all in the end, and of_tower those of the
-    vision tower. earlier: an earlier pack has left all of them. leaving: bytes of a layer's and of
-    the root's gradients on their way to other ranks.
-    """
-    first = gradients if earlier else head * head_gradient
-    decoders = gradients if earlier else gradients - of_tower
-    layer, root = leaving
-    places = [
-        # the head's gradient in float32 and, in bf16, a product to be added; then handed on
-        (at.kept, gradients * earlier + logits + head * (4 if size == 4 else 6)),
-        (at.kept, first + head * 4),
-        # the last layer and the embedding; the last and the first block, with all gradients
-        (at.kept + at.layer, first + layer),
-        (at.tower, decoders + head * size),
-        (at.tower + at.layer, decoders + layer),
-        (at.tower + at.block, decoders + layer),
-        (at.first_block, gradients + layer),
-        (0, gradients + root),
-    ]
-    return max(places, key=lambda place: place[0] * size + place[1])
-
-
-def largest_file(config: TrainingConfig, model_bytes: int, trained: int, head: int) -> float:
-    """Bytes of the largest file that is written: of moments, or of final/."""
-    moments = trained * MOMENT_BYTES.get(config.optim, 8) * bool(config.save_steps)
-    return min(max(MAX_FILE_BYTES, head * 4), max(moments, model_bytes))
-
-
-def what_stays(
-    config: TrainingConfig,
-    parameters: int,
-    trained: int,
-    size: int,
-    whole: bool,
-    share: int,
-    packed: int = 0,
-    padding: int = 0,
-) -> dict[str, float]:
-    """Bytes that a rank holds throughout: weights, masters and moments.
-
-    size: bytes of a number in the computation. whole: every rank holds the whole model; else
-    `share` ranks do so together. packed: how many weights are in 4 bits. padding: numbers
-    that whole blocks add to the moments.
-    """
-    light = config.optim in MOMENT_BYTES
-    moments = (trained + padding) * MOMENT_BYTES.get(config.optim, 8)
-    here = not config.cpu_offload  # on the device
-    if whole:
-        return {
-            "weights": (parameters - packed) * size + packed * FOUR_BIT_BYTES,
-            "float32 masters": trained * 4 * here if size == 2 and not light else 0,
-            "AdamW moments": moments * here,
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Bytes of each phase, by purpose."""
+        if self.config.eval_only:
+            return {"evaluation": self.evaluation()}
+        stays = self.stays()
+        phases = {
+            "rollout": self.rollout(),
+            "reference": self.reference(),
+            "training": self.training(),
+            "optimizer": self.optimizer(),
+            "saving": self.saving(),
         }
-    masters = {"masters": trained * size} if light else {"float32 masters": trained * 4}
-    return {
-        **{name: number / share * here for name, number in masters.items()},
-        "frozen weights": (parameters - trained) * size / share * here,
-        "AdamW moments": moments / share * here,
-        "sampling copy": parameters * size,
-    }
+        if self.config.beta == 0 and self.config.num_iterations == 1:
+            del phases["reference"]
+        if not self.cpu:  # a GPU's memory holds no file
+            del phases["saving"]
+        return {phase: stays | parts for phase, parts in phases.items()}
 
+    # ---- what stays ------------------------------------------------------------------------------
 
-def rollout_bytes(
-    config: TrainingConfig, model: QwenVLConfig, prompts: int, lengths: tuple[int, int], size: int
-) -> int:
-    """What a rollout holds besides weights: while it encodes all images; or later the cache with
-    what the prefill or a decode step holds, unless these stay. lengths: of a prompt and of its
-    images."""
-    images = encoding_numbers(model, prompts * lengths[1]) * size
-    tokens = max(lengths[0], min(PREFILL, prompts * lengths[0]))  # of one pass over prompts
-    prefill = tokens * 3 * (model.hidden_size + model.intermediate_size) * size
-    if config.cuda_graphs:
-        return max(images, prefill)
-    samples = prompts * config.num_generations
-    cache = cache_bytes(config, model, prompts, config.num_generations, lengths[0], size)
-    return max(images, cache + max(prefill, samples * model.vocab_size * logit_bytes(config)))
+    def stays(self) -> dict[str, float]:
+        """What a rank holds throughout."""
+        config, features = self.config, 0
+        if self.frozen_vision:  # encoded once a step
+            images = self.prompts * self.facts.image_tokens
+            features = images * self.model.vision.feature_width * self.size
+        return {
+            **(self.whole_model() if self.is_whole else self.shards()),
+            "libraries": LIBRARIES * self.cpu,
+            "image features": features,
+            "reference": 0 if config.cpu_offload else self.reference_weights,
+            "decoding": graph_bytes(config, self.facts, self.prompts, config.num_generations),
+        }
 
+    def whole_model(self) -> dict[str, float]:
+        """Of a model that each rank holds whole."""
+        masters = self.size == 2 and not self.light
+        return {
+            "weights": self.weights,
+            "float32 masters": 4 * self.trained if masters and not self.config.cpu_offload else 0,
+            "AdamW moments": self.moments,
+        }
 
-def cache_bytes(
-    config: TrainingConfig, model: QwenVLConfig, prompts: int, group: int, longest: int, size: int
-) -> int:
-    """Keys and values of prompts and of their samples, and a token's queries."""
-    tokens = prompts * (longest + group * config.max_completion_length)
-    numbers = 2 * tokens * model.num_key_value_heads + prompts * group * model.num_attention_heads
-    return numbers * model.head_dim * model.num_hidden_layers * size
+    def shards(self) -> dict[str, float]:
+        """Of a sharded model, and of the whole copy that a rank samples from."""
+        here = 0 if self.config.cpu_offload else 1 / self.share
+        frozen = (self.parameters - self.trained) * self.size
+        return {
+            "masters" if self.light else "float32 masters": (
+                self.trained * (self.size if self.light else 4) * here
+            ),
+            "frozen weights": frozen * here,
+            "AdamW moments": self.moments,
+            "sampling copy": self.parameters * self.size,
+        }
 
+    @property
+    def weights(self) -> float:
+        return (self.parameters - self.packed) * self.size + self.packed * FOUR_BIT_BYTES
 
-def logit_bytes(config: TrainingConfig) -> int:
-    """Of a logit, while a token is drawn: itself and its exponential; with --top_p also what is
-    sorted, in float64."""
-    return 8 if config.top_p == 1 else 40
+    @property
+    def moments(self) -> float:
+        """On the device. In 8 bits each row of a matrix is filled up to whole blocks."""
+        if self.config.cpu_offload:
+            return 0
+        padding = self.counts.padding * (self.config.optim == "adamw_8bit")
+        return (self.trained + padding) * MOMENT_BYTES.get(self.config.optim, 8) / self.share
 
+    @property
+    def reference_weights(self) -> float:
+        """With adapters the policy without them is the reference."""
+        if self.config.beta == 0 or self.lora:
+            return 0
+        return self.complete * self.size / self.share
 
-def decoding_bytes(
-    config: TrainingConfig, model: QwenVLConfig, prompts: int, longest: int, size: int
-) -> float:
-    """What CUDA graphs keep: the largest cache, an evaluation's or a step's, what the largest
-    decode step holds, and the graphs themselves."""
-    if not config.cuda_graphs:
-        return 0
-    batch = min(EVAL_BATCH, config.eval_samples or EVAL_BATCH)
-    shapes = [(prompts, config.num_generations), (batch, max(1, config.eval_samples_per_prompt))]
-    cache = max(cache_bytes(config, model, *shape, few_lengths(longest), size) for shape in shapes)
-    logits = max(map(math.prod, shapes)) * model.vocab_size * logit_bytes(config)
-    return cache + logits + MOST * (60 + 17 * model.num_hidden_layers) * GRAPH_NODE
+    # ---- rollout and evaluation ------------------------------------------------------------------
 
+    def rollout(self) -> dict[str, float]:
+        shape = self.prompts, self.config.num_generations
+        return {
+            "images, or cache and logits": self.sampling(*shape),
+            "unpacked weights": 3 * self.unpacked,
+        }
 
-def encoding_numbers(model: QwenVLConfig, image_tokens: int) -> int:
-    """How many numbers encoding images holds where no gradient is wanted: pixels, and the larger
-    half of a block (its feed-forward; or its attention, which rotates in float32)."""
-    vision = model.vision
-    mlp = min(3, family_of(model).KEPT_BY_VISION_MLP) * vision.intermediate_size
-    patch = vision.patch_dim + 3 * vision.embed_dim + max(mlp, 8 * vision.embed_dim)
-    return image_tokens * vision.spatial_merge_size**2 * patch
+    def evaluation(self) -> dict[str, float]:
+        """Of --eval_only: the whole model on each rank, and one batch of prompts."""
+        shape = EVAL_BATCH, max(1, self.config.eval_samples_per_prompt)
+        return {
+            "libraries": LIBRARIES * self.cpu,
+            "weights": self.weights,
+            "decoding": graph_bytes(self.config, self.facts, *shape),
+            "images, or cache and logits": self.sampling(*shape),
+        }
 
+    def sampling(self, prompts: int, group: int) -> float:
+        return sampling_bytes(self.config, self.facts, self.layers, prompts, group)
 
-class Activations(NamedTuple):
-    """How many numbers the passes of a pack hold besides weights and gradients.
+    @property
+    def unpacked(self) -> int:
+        """The largest weight that is held in 4 bits, as it is multiplied by."""
+        matrix = self.model.intermediate_size * self.model.hidden_size
+        return matrix * self.size * self.config.load_in_4bit
 
-    forward: the most that a pass without gradients holds. kept: what autograd holds as a pass with
-    gradients ends; tower: the vision tower's part of it, less its merger's. layer, block: what the
-    backward pass of one decoder layer and of one vision block holds besides. first_block: all that
-    is held in the first block's.
-    """
+    # ---- passes over packs -----------------------------------------------------------------------
 
-    forward: int
-    kept: int
-    tower: int
-    layer: int
-    block: int
-    first_block: int
+    def reference(self) -> dict[str, float]:
+        forward = decoder_forward(self.layers, self.pack)
+        if not self.frozen_vision:
+            image = tower_forward(self.layers, self.facts.image_tokens)
+            forward = max(forward, len(self.pack) * image)
+        comes = self.is_whole and self.config.cpu_offload  # for its pass alone
+        return {
+            "gathered layers": self.gathered,
+            "its weights": self.reference_weights if comes else 0,
+            "activations or logits": max(forward, self.logits),
+            "unpacked weights": self.unpacked,
+        }
 
+    def training(self) -> dict[str, float]:
+        """Where a training pass holds most."""
+        activations, beside = max(self.peaks(), key=sum)
+        return {
+            "gathered layers": self.gathered,
+            "activations": activations,
+            "head or gradients": beside,
+            "unpacked weights": self.unpacked,
+        }
 
-def activation_numbers(
-    config: TrainingConfig,
-    model: QwenVLConfig,
-    tokens: int,
-    rows: int,
-    lengths: tuple[int, int],
-    sdpa: bool,
-) -> Activations:
-    """tokens: of the pack, in `rows` rows. lengths: of a prompt and of its images.
+    def peaks(self) -> list[tuple[float, float]]:
+        """(activations, bytes beside them) at each moment that may be a training pass's peak.
 
-    Per token and layer autograd keeps two norms and the residual stream twice, q, the attended
-    values and the feed-forward's four products, and the prompt's keys and values once per
-    completion. SDPA copies the rows' queries, keys, values and outputs. The second half of the last
-    layer works on completions alone. A feed-forward's backward pass makes two gradients of its
-    inner width, and two of the outer, while nothing of it is free yet.
-    """
-    longest_prompt, image_tokens = lengths[0], rows * lengths[1]
-    vision = model.vision
-    patches = image_tokens * vision.spatial_merge_size**2
-    width, kv = model.hidden_size, model.head_dim * model.num_key_value_heads
-    inner, q = model.intermediate_size, model.head_dim * model.num_attention_heads
-    row = longest_prompt + config.max_completion_length
-    gathered = rows * (longest_prompt + config.num_generations * row) * 2 * kv
-    attention = width + 2 * q + (q + kv) * model.qk_norm + sdpa * (q + 2 * kv)
-    layer = tokens * (attention + 3 * width + 4 * inner) + gathered
-    last = layer - rows * longest_prompt * (3 * width + 4 * inner)
-    backward = tokens * (2 * width + 2 * inner)
+        In the first pack of a step only the gradients count that its backward pass has made so far.
+        """
+        recompute = self.config.gradient_checkpointing
+        decoder = decoder_holds(self.layers, self.pack, recompute)
+        tower = TowerHolds(0, 0, 0)
+        if not self.frozen_vision:
+            tower = tower_holds(self.layers, self.facts.image_tokens, recompute)
+        images, head = len(self.pack), 0 if self.lora else self.head
+        in_tower, kept = images * tower.kept, decoder.kept + images * tower.kept
+        earlier = self.gradients if self.is_split else 0
+        head_gradient = head * (self.size if self.light or not self.is_whole else 4)
+        of_head = earlier or head_gradient * (self.gradients > 0)
+        of_decoder = earlier or self.gradients * (1 - self.trained_vision / self.trained)
+        layer_leaves, root_leaves = (self.leaving * n for n in self.gathered_at_once)
+        return [
+            # the head's gradient in float32 and, in bf16, a product to be added; then handed on
+            (kept, earlier + self.logits + self.losses + head * (4 if self.size == 4 else 6)),
+            (kept, of_head + head * 4),
+            # backward through the last decoder layer, the one before it and the first; embedding
+            (kept + decoder.last_layer, of_head + layer_leaves),
+            (kept - decoder.last_kept + decoder.layer, of_head + layer_leaves),
+            (in_tower + decoder.first_layer, of_decoder + layer_leaves),
+            (in_tower, of_decoder + head * self.size),
+            # the vision tower's last and first block; then all gradients are there
+            (in_tower + images * tower.block, of_decoder + layer_leaves),
+            (images * tower.first_block, self.gradients + layer_leaves),
+            (0, self.gradients + root_leaves),
+        ]
 
-    encoding = encoding_numbers(model, image_tokens)
-    mlp_forward, attention_forward = 3 * (width + inner), 2 * width + 3 * q + 2 * kv
-    forward = max(tokens * mlp_forward, tokens * attention_forward + gathered)
-    mlp = family_of(model).KEPT_BY_VISION_MLP * vision.intermediate_size
-    block = patches * (10 * vision.embed_dim + mlp)
-    block_backward = 2 * patches * (vision.embed_dim + vision.intermediate_size)
-    mergers = 1 + len(vision.deepstack_visual_indexes)
-    merger = patches * 4 * mergers * vision.embed_dim
-    pixels, stream = patches * vision.patch_dim, patches * vision.embed_dim
-    if config.gradient_checkpointing:  # inputs are kept, and one layer or block at a time in full
-        decoder = (model.num_hidden_layers + 1) * tokens * width
-        tower = pixels + (vision.depth + 1) * stream
-        backward, block_backward = layer + backward, block + block_backward
-        first_block = pixels + stream + block_backward
-    else:
-        decoder = (model.num_hidden_layers - 1) * layer + last + tokens * width
-        tower = pixels + vision.depth * block
-        first_block = pixels + block + block_backward
-    if vision_is_frozen(config):
-        merger = tower = block_backward = first_block = 0
-    else:
-        forward = max(forward, encoding)
-    kept = decoder + merger + tower
-    return Activations(forward, kept, tower, backward, block_backward, first_block)
+    @cached_property
+    def pack(self) -> Rows:
+        """The largest pack's rows: whole groups, and what is left as a part of one."""
+        prompt, longest = self.facts.longest_prompt, self.config.max_completion_length
+        group = (prompt, *[longest] * self.config.num_generations)
+        most = max(self.config.tokens_per_pack, prompt + longest)  # no completion is cut
+        tokens = min(most, self.prompts * sum(group))
+        whole, rest = divmod(tokens, sum(group))
+        rows = (group,) * whole
+        if rest > prompt:
+            completions, cut = divmod(rest - prompt, longest)
+            rows += ((prompt, *[longest] * completions, *[cut] * (cut > 0)),)
+        elif rest:
+            rows += ((rest,),)
+        return rows
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a step takes more than one pack."""
+        group = self.config.num_generations * self.config.max_completion_length
+        return sum(map(sum, self.pack)) < self.prompts * (self.facts.longest_prompt + group)
+
+    @property
+    def read(self) -> int:
+        """Tokens of a pack whose log-probs are wanted."""
+        return sum(sum(completions) for _, *completions in self.pack)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits exist at once."""
+        return min(chunk_tokens(self.model.vocab_size, self.facts.device), self.read)
+
+    @property
+    def logits(self) -> int:
+        """In float32, beside a copy in bf16."""
+        return self.chunk * self.model.vocab_size * (4 if self.size == 4 else 6)
+
+    @property
+    def losses(self) -> int:
+        """What a loss needs beside the logits: one of whole completions the slopes of all tokens of
+        a pack; a gradient of the entropy a buffer of a chunk, or with both the gradients too."""
+        more = 4 if self.config.entropy_coef else 0
+        held = self.chunk * self.model.vocab_size * more
+        if self.config.importance_sampling_level != "token":
+            held += self.read * self.model.hidden_size * (4 + more)
+        return held
+
+    @property
+    def gradients(self) -> float:
+        """On the device; with --cpu_offload in the CPU's memory, unless weights are their own
+        masters and whole."""
+        if self.config.cpu_offload and not self.lora and not (self.is_whole and self.light):
+            return 0
+        return self.trained * (self.size if self.light else 4) / self.share
+
+    @property
+    def gathered(self) -> int:
+        """Of a sharded model's weights, during a pass: the root and two layers, or all."""
+        if self.is_whole:
+            return 0
+        layer, root = self.gathered_at_once
+        numbers = root + 2 * layer if self.config.reshard_after_forward else self.parameters
+        return numbers * self.size
+
+    @property
+    def gathered_at_once(self) -> tuple[int, int]:
+        """Numbers of the largest layer or block, and of all that is in none (the root)."""
+        return self.counts.largest_layer, self.parameters - self.counts.in_layers
+
+    @property
+    def leaving(self) -> int:
+        """Bytes of a gradient on its way to other ranks: as backward made it, and in float32."""
+        return 0 if self.is_whole else self.size + 4
+
+    # ---- optimizer and files ---------------------------------------------------------------------
+
+    def optimizer(self) -> dict[str, float]:
+        rows = 36 * min(NUMBERS, self.head / self.share)  # that a light optimizer works on at once
+        return {"gradients": self.gradients, "rows": rows if self.light else 0}
+
+    def saving(self) -> dict[str, float]:
+        """The largest file of moments or of final/, which is held twice; merged adapters."""
+        moments = self.trained * MOMENT_BYTES.get(self.config.optim, 8)
+        written = max(moments if self.config.save_steps else 0, self.parameters * self.size)
+        file = min(max(MAX_FILE_BYTES, self.head * 4), written)
+        merged = max(self.counts.adapted, self.packed) * self.size
+        return {"merged weights": merged / self.share, "file on its way": 2 * file / self.share}

@@ -1,73 +1,75 @@
-"""How many numbers the parts of a model have, by its config alone: for the memory plan."""
+"""What the memory plan starts from: facts of a run, and the sizes of its model's parts."""
 
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import torch
+from torch import nn
 
 from grpo.engine.adamw import BLOCK
-from grpo.engine.adapters import lora_of
-from grpo.flags.config import TrainingConfig
 from models.config import QwenVLConfig
-from models.decoder import DecoderLayer
-from models.families import family_of
-from models.lora import LoRALinear, check_fit
+from models.lora import LoRALinear, is_adapter
 from models.qwen_vl import QwenVL
 
 
-def adapter_parameters(config: TrainingConfig, model: QwenVLConfig) -> tuple[int, int]:
-    """Numbers in the adapters of --use_peft, and in the weights that they belong to; 0, 0 without
-    it."""
-    lora = lora_of(config)
-    if lora is None:
-        return 0, 0
-    with torch.device("meta"):
-        whole = QwenVL(model)
-        whole.adapt(lora)
-    if config.adapter_name_or_path:
-        check_fit(Path(config.adapter_name_or_path), whole)
-    layers = [module for module in whole.modules() if isinstance(module, LoRALinear)]
-    adapters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
-    return adapters, sum(layer.weight.numel() for layer in layers)
+@dataclass(frozen=True)
+class Facts:
+    """What memory depends on besides the flags.
+
+    longest_prompt: tokens, of which at most image_tokens are of images; all prompts and completions
+    count as the longest. bf16: whether the model computes in it, else in float32. world: ranks.
+    device: "cpu" or "cuda". kernel: of attention, as `choose_implementation` names it.
+    """
+
+    model: QwenVLConfig
+    longest_prompt: int
+    image_tokens: int
+    bf16: bool
+    world: int
+    device: str
+    kernel: str
 
 
-@cache
-def block_padding(model: QwenVLConfig) -> int:
-    """Numbers that adamw_8bit adds to the rows of all matrices, to fill whole blocks."""
-    with torch.device("meta"):
-        matrices = [p for p in QwenVL(model).parameters() if p.ndim > 1]
-    return sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices)
+@dataclass(frozen=True)
+class Counts:
+    """Numbers in parts of a model; adapters count for themselves alone.
+
+    whole: all; of it vision: the vision tower; in_layers: all decoder layers and vision blocks;
+    largest_layer: one of these; decoder_matrices: the matrices of the decoder's layers. adapters,
+    and adapted: the weights that they belong to. padding: what `adamw_8bit` adds to the rows of all
+    matrices, to fill whole blocks.
+    """
+
+    whole: int
+    vision: int
+    in_layers: int
+    largest_layer: int
+    decoder_matrices: int
+    adapters: int
+    adapted: int
+    padding: int
 
 
-@cache
-def decoder_matrices(model: QwenVLConfig) -> int:
-    """Numbers in all matrices of the decoder's layers."""
-    with torch.device("meta"):
-        layer = DecoderLayer(model)
-    matrices = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
-    return matrices * model.num_hidden_layers
+def count(model: QwenVL) -> Counts:
+    """Counts of a model, which may be on the meta device."""
+    layers = [*model.model.layers, *model.visual.blocks]
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    matrices = [p for p in own(model) if p.ndim > 1]
+    return Counts(
+        whole=numbers(own(model)),
+        vision=numbers(own(model.visual)),
+        in_layers=sum(numbers(own(layer)) for layer in layers),
+        largest_layer=max(numbers(own(layer)) for layer in layers),
+        decoder_matrices=numbers(p for p in own(model.model.layers) if p.ndim > 1),
+        adapters=numbers(p for layer in adapted for p in (layer.lora_A, layer.lora_B)),
+        adapted=numbers(layer.weight for layer in adapted),
+        padding=sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices),
+    )
 
 
-@cache
-def root_and_layer(model: QwenVLConfig, parameters: int) -> tuple[int, int]:
-    """Numbers outside of layers and blocks (embedding, head, the tower's ends), and in the larger
-    of a layer and a block: what several ranks gather, throughout a pass and one after the other."""
-    layer, block = decoder_layer_parameters(model), vision_block_parameters(model)
-    in_layers = model.num_hidden_layers * layer + model.vision.depth * block
-    return parameters - in_layers, max(layer, block)
+def own(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module, without adapters."""
+    return [p for name, p in module.named_parameters() if not is_adapter(name)]
 
 
-@cache
-def decoder_layer_parameters(model: QwenVLConfig) -> int:
-    """Numbers in one decoder layer."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DecoderLayer(model).parameters())
-
-
-@cache
-def vision_block_parameters(model: QwenVLConfig) -> int:
-    """Numbers in one block of the vision tower."""
-    with torch.device("meta"):
-        tower = family_of(model).VisionTower(replace(model.vision, depth=1))
-    return sum(p.numel() for p in tower.blocks.parameters())
+def numbers(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -45,11 +45,11 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one token per row by inverting the cumulative distribution.
+    """Draws one token from each distribution by inverting its cumulative sum.
 
     logits: (N, V) float32, -inf for a suppressed token, overwritten; uniform: (N,) float64 in
     [0, 1), not used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before
-    top-k and top-p, which are the sampler's alone: training does not know them. Rows of NaN give
+    top-k and top-p, which are the sampler's alone: training does not know them. Logits of NaN give
     some token and a NaN.
     """
     if sampling.temperature == 0:
@@ -94,6 +94,6 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     inside = inside.double().cumsum(1)
     # strictly below the block's own total, which is rounded otherwise than its sum
     below = inside[:, -1:] * (1 - 2**-52)
-    place = torch.searchsorted(inside, (target - before).clamp(min=0).minimum(below), right=True)
-    token = (block * BLOCK + place).squeeze(1)
+    within = torch.searchsorted(inside, (target - before).clamp(min=0).minimum(below), right=True)
+    token = (block * BLOCK + within).squeeze(1)
     return token.clamp(max=weights.shape[1] - missing - 1)  # beyond the end for NaN only

@@ -1,59 +1,31 @@
 """Where a model's weights lie in memory.
 
-Decoding reads q, k and v as one matrix, and gate and up as another. Both are one block of memory of
-which the published parameters are parts, so nothing is copied to join them. A sharded model keeps
-each parameter by itself (grpo/engine/shard.py); only its full copy decodes.
+Decoding reads linear layers with one input as one matrix: q, k and v, or gate and up. Their weights
+are parts of one block of memory, so nothing is copied to join them. A sharded model keeps each
+parameter by itself (grpo/engine/shard.py); only its full copy decodes.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.four_bit import FourBitLinear
 from models.qwen_vl import QwenVL
-
-JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
 
 def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> QwenVL:
     """Gives a model on the meta device uninitialized memory in `dtype`; returns the model."""
     model = model.to(dtype)
     for layer in model.model.layers:
-        for part, names in JOINED:
-            linears = [getattr(layer, part).get_submodule(name) for name in names]
+        for linears in layer.joined:
             if isinstance(linears[0], FourBitLinear):
                 continue
-            rows = [len(linear.weight) for linear in linears]
-            block = torch.empty(sum(rows), linears[0].in_features, dtype=dtype, device=device)
-            for linear, place in zip(linears, block.split(rows), strict=True):
-                linear.weight = nn.Parameter(place, linear.weight.requires_grad)
+            sizes = [len(linear.weight) for linear in linears]
+            block = torch.empty(sum(sizes), linears[0].in_features, dtype=dtype, device=device)
+            for linear, part in zip(linears, block.split(sizes), strict=True):
+                linear.weight = nn.Parameter(part, linear.weight.requires_grad)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 memory = torch.empty_like(parameter, device=device)
                 setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
     return model
-
-
-def joined(linears: Sequence[nn.Linear]) -> Tensor:
-    """The weights of these layers as one (rows, features): their common block if `allocate` laid
-    them out so, else a copy; of weights in 4 bits a copy that is unpacked."""
-    if isinstance(linears[0], FourBitLinear):
-        if len(linears) == 1:
-            return linears[0].unpacked()
-        rows, like = [linear.out_features for linear in linears], linears[0].scales
-        block = torch.empty(
-            sum(rows), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
-        )
-        for linear, place in zip(linears, block.split(rows), strict=True):
-            place.copy_(linear.unpacked())
-        return block
-    first, *others = weights = [linear.weight.detach() for linear in linears]
-    end = first.storage_offset() + first.numel()
-    for weight in others:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or weight.storage_offset() != end:
-            return torch.cat(weights)
-        end += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
