@@ -148,7 +148,7 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
         optimizer, tally = Optimizer(model, 0.0, optim=name), Tally(settings)
         for parts in (1, 2) if not meta else (0,):  # parts: chunks of the head
             with inside() as count:
-                train(model, packs, tally, tokens // parts if parts else None)
+                train(model, packs, tally, settings, tokens // parts if parts else None)
             yield f"training, {name}" + ", two chunks" * (parts == 2), count
             if parts == 1:
                 optimizer.step(1e-6, 1.0)  # the first makes moments
