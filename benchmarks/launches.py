@@ -1,6 +1,6 @@
 """Operations that each phase of a step launches, its waits for the device, and a prediction.
 
-    REHEARSAL/python benchmarks/launches.py --family qwen2_vl --json FILE
+    FOLDER/python benchmarks/launches.py --family qwen2_vl --json FILE
     python -m benchmarks.launches --predict "Qwen2-VL 2B" "Qwen2.5-VL 7B"
 
 The first needs the emulated device that CONTRIBUTING.md describes: a random model of the published
