@@ -36,6 +36,7 @@ def test_modules_and_flags_that_are_named_exist(page):
     )
     ours = set(re.findall(r"^    (\w+): .*= flag\(", code, flags=re.MULTILINE))
     ours |= set(re.findall(r'"--(\w+)"', code)) | {"help", "config"}
+    ours |= set(re.findall(r"^\+    (\w+): .*= flag\(", text, flags=re.MULTILINE))  # of a diff
     others = {
         "nproc_per_node",
         "nnodes",
