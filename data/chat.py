@@ -1,8 +1,9 @@
-"""Conversations, as LLaMA-Factory, ms-swift and VLM-R1 write them: a question and its answer.
+"""Conversations as LLaMA-Factory, ms-swift and VLM-R1 store them: one question, one answer.
 
 A row has `messages` (role, content) or `conversations` (from, value), and its images in a column or
 among the parts of a message. The last answer is the solution, unless a column `solution` holds it.
-A system prompt is put in front of the question. Several questions in a row are refused.
+A system prompt is put before the question. Not here: conversations of several questions, which are
+refused.
 """
 
 import json
@@ -12,26 +13,27 @@ from data.rows import IMAGE_COLUMNS, PLACEHOLDER
 
 COLUMNS = ("messages", "conversations")
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt", "model"), ("system",)
-UNREAD = ("videos", "video", "audios", "audio", "tools", "objects")
-UNREAD += ("rejected_response", "rejected", "chosen")
+UNSUPPORTED = ("videos", "video", "audios", "audio", "tools", "objects")
+UNSUPPORTED += ("rejected_response", "rejected", "chosen")
 
 
 def is_chat(columns) -> bool:
+    """Whether a table with these columns holds conversations."""
     return "problem" not in columns and bool(set(COLUMNS) & set(columns))
 
 
 def convert(row: dict) -> dict:
-    """A row of a conversation with image, problem and solution; with a `fault` if it has none."""
+    """A conversation -> images, problem and solution; a `fault` that says why if it has none."""
     try:
         return _converted(row)
-    except ValueError as fault:
-        return {"problem": None, "solution": None, "fault": str(fault)}
+    except ValueError as error:
+        return {"problem": None, "solution": None, "fault": str(error)}
 
 
 def _converted(row: dict) -> dict:
-    unread = [name for name in UNREAD if row.get(name)]
-    if unread:
-        raise UserError(f"it has {', '.join(unread)}, which cannot be trained on here")
+    unsupported = [name for name in UNSUPPORTED if row.get(name)]
+    if unsupported:
+        raise UserError(f"it has {', '.join(unsupported)}, which cannot be trained on here")
     turns = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
     if isinstance(turns, str):  # some tables hold JSON
         try:
@@ -42,29 +44,30 @@ def _converted(row: dict) -> dict:
         raise UserError(f"its conversation is no list of messages: {str(turns)[:80]!r}")
     images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), [])
     images = list(images) if isinstance(images, list | tuple) else [images]
-    inside: list = []
-    said = [(_role(turn), _text(turn, inside)) for turn in turns]
-    questions = [text for role, text in said if role == "user"]
+    inline_images: list = []
+    messages = [(_role(turn), _text(turn, inline_images)) for turn in turns]
+    questions = [text for role, text in messages if role == "user"]
     if len(questions) != 1:
         raise UserError(f"it has {len(questions)} questions; one question and its answer is a row")
     if row.get("system"):
-        said.insert(0, ("system", _as_text(row["system"])))
-    system = "".join(f"{text.strip()}\n\n" for role, text in said if role == "system")
-    answers = [text for role, text in said if role == "assistant"]
+        messages.insert(0, ("system", _as_text(row["system"])))
+    system = "".join(f"{text.strip()}\n\n" for role, text in messages if role == "system")
+    answers = [text for role, text in messages if role == "assistant"]
     solution = row.get("solution")
     if solution is None:
-        if not answers or said[-1][0] != "assistant":
+        if not answers or messages[-1][0] != "assistant":
             raise UserError("it ends without an answer, and has no column solution")
         solution = answers[-1]
-    problem, images = f"{system}{questions[0]}", images or inside
-    places = problem.count(PLACEHOLDER)
-    if places and places != len(images):
-        raise UserError(f"{places} {PLACEHOLDER} in the question, and images: {len(images)}")
+    problem, images = f"{system}{questions[0]}", images or inline_images
+    placeholders = problem.count(PLACEHOLDER)
+    if placeholders and placeholders != len(images):
+        raise UserError(f"{placeholders} {PLACEHOLDER} in the question, and images: {len(images)}")
     problem = _without_leading(problem)
     return {"images": images, "problem": problem, "solution": _as_text(solution)}
 
 
 def _role(turn: dict) -> str:
+    """ "user", "assistant" or "system", whatever the format calls them."""
     role = turn.get("role", turn.get("from"))
     for name, known in (("user", USER), ("assistant", ASSISTANT), ("system", SYSTEM)):
         if role in known:
@@ -73,14 +76,14 @@ def _role(turn: dict) -> str:
 
 
 def _text(turn: dict, images: list) -> str:
-    """What the turn says; images among its parts are added to `images`."""
+    """The message's text; images among its parts are added to `images`."""
     content = turn.get("content", turn.get("value"))
     if not isinstance(content, list):
         return _as_text(content)
-    words = []
+    texts = []
     for part in content:
         if isinstance(part, str):
-            words.append(part)
+            texts.append(part)
         elif not isinstance(part, dict):
             return _as_text(content)  # four numbers, as VLM-R1's answers are
         elif part.get("type") in ("image", "image_url"):
@@ -88,14 +91,14 @@ def _text(turn: dict, images: list) -> str:
             image = next((part[key] for key in keys if part.get(key)), None)
             image = image.get("url") if isinstance(image, dict) and "url" in image else image
             images += [] if image is None else [image]
-            words.append(PLACEHOLDER)
+            texts.append(PLACEHOLDER)
         elif part.get("text") is not None:
-            words.append(_as_text(part["text"]))
+            texts.append(_as_text(part["text"]))
         elif "bbox_2d" in part or "Position" in part:
             return _as_text(content)
         else:
             raise UserError(f"a message has a part of type {str(part.get('type'))[:40]!r}")
-    return "".join(words)
+    return "".join(texts)
 
 
 def _as_text(value) -> str:
@@ -106,7 +109,8 @@ def _as_text(value) -> str:
 
 
 def _without_leading(problem: str) -> str:
-    """The problem without placeholders at its start, where images stand anyway."""
+    """The problem without placeholders at its start: images come first anyway. Unchanged if there
+    are others further on."""
     text = problem.lstrip()
     while text.startswith(PLACEHOLDER):
         text = text.removeprefix(PLACEHOLDER).lstrip()

@@ -1,8 +1,8 @@
 """COCO detection files: `instances_*.json` with its images beside it or above.
 
-A row asks for one category in one image: for each that the image shows, and for a share of those
-that it does not. Crowd boxes are no boxes to find, and where an image has only such ones of a
-category it is not asked for. Segmentations and keypoints are not read.
+A row asks for one category in one image: there is a row for each category that the image shows,
+and for some that it does not (--absent_share). Crowd boxes are not to be found, and an image that
+shows nothing but crowds of a category has no row for it. Not here: segmentations and keypoints.
 """
 
 import hashlib
@@ -12,19 +12,20 @@ import re
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from data.ask import Ask, check_names
 from data.errors import UserError
 from data.folders import SPLITS
-from data.rows import Fault, Rows
+from data.rows import Fault, SplitRows
+from data.wording import Wording, check_names
 
-OTHERS = ("captions", "person_keypoints", "stuff", "panoptic")  # of the same images
+OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic")  # files of the same images
 PARTS = ("images", "annotations", "categories")
 NOTHING = "<answer>No Objects</answer>"
 
 
 def find(path: Path) -> dict[str, Path]:
-    """Split -> its annotation file; nothing if `path` has none.
+    """Name of a split -> its annotation file; nothing if `path` has none.
 
     Raises UserError if several files hold one split.
     """
@@ -36,23 +37,23 @@ def find(path: Path) -> dict[str, Path]:
             files += sorted(folder.glob("*.json"))
     files = [file for file in files if is_coco(file)]
     if any(file.stem.startswith("instances") for file in files):
-        files = [file for file in files if not file.stem.startswith(OTHERS)]
-    found: dict[str, Path] = {}
+        files = [file for file in files if not file.stem.startswith(OTHER_KINDS)]
+    splits: dict[str, Path] = {}
     for file in files:
         split = split_name(file) if len(files) > 1 else "train"
-        if split is None or split in found:
-            other = found.get(split) or next(f for f in files if f != file)
+        if split is None or split in splits:
+            other = splits.get(split) or next(f for f in files if f != file)
             raise UserError(
                 f"{path}: {file.relative_to(path)} and {other.relative_to(path)} are annotation "
                 f"files, and their names do not tell which split each is; call them "
                 f"instances_train.json and instances_test.json, or give --dataset_name one of them"
             )
-        found[split] = file
-    return found
+        splits[split] = file
+    return splits
 
 
 def split_name(file: Path) -> str | None:
-    """The split that a file's own name tells, or its folder's: train2017 is train."""
+    """The split that the file's name says, else its folder's name: train2017 is train."""
     for text in (file.stem, file.parent.name):
         words = re.findall(r"[a-z]+", text.lower())
         names = [SPLITS[word] for word in words if word in SPLITS]
@@ -71,7 +72,7 @@ def is_coco(file: Path) -> bool:
 
 
 def begins_with(file: Path, mark: bytes) -> bool:
-    """Whether the first character of a text file is `mark`: what kind of JSON it is."""
+    """Whether the first character of a text file is `mark`, as b"{" or b"[" of JSON."""
     if not file.is_file():
         return False
     with file.open("rb") as start:
@@ -79,181 +80,216 @@ def begins_with(file: Path, mark: bytes) -> bool:
 
 
 def _content(file: Path) -> dict:
-    found = file.stat()
-    return _parsed(file, found.st_mtime_ns, found.st_size)
+    stat = file.stat()
+    return _parsed(file, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4)  # large ones take seconds, and are asked for more than once
-def _parsed(file: Path, changed: int, size: int) -> dict:
+def _parsed(file: Path, changed: int, size: int) -> dict:  # read again once the file has changed
     return json.loads(file.read_text(encoding="utf-8-sig"))
 
 
-def read(file: Path, ask: Ask) -> Rows:
+def read(file: Path, wording: Wording) -> SplitRows:
     """The rows of an annotation file. Raises UserError as `rows_of`, or if no image is found."""
     content = _content(file)
-    rows = rows_of(content, file, ask)
+    rows = rows_of(content, file, wording)
     rows.folder = image_folder(content, file)
     return rows
 
 
 def image_folder(content: dict, file: Path) -> Path:
-    """Where most of the first images lie: beside the file, in a folder there, or in one beside its
-    folder.
+    """The folder that has most of the first 20 images: the file's own, one in it, or one beside it.
 
-    Raises UserError naming the folders that were looked at.
+    Raises UserError naming the folders that were tried.
     """
     names = [_file_name(entry) for entry in content["images"][:20]]
-    inside = ("", "images", "data", file.stem.removeprefix("instances_"), split_name(file) or "")
-    inside += tuple(f"images/{name}" for name in inside[3:])
+    of_split = (file.stem.removeprefix("instances_"), split_name(file) or "")
+    subfolders = ("", "images", "data", *of_split, *(f"images/{name}" for name in of_split))
     roots = (file.parent, file.parent.parent)
-    tried = list(dict.fromkeys(root / folder for root in roots for folder in inside))
-    found = [sum((folder / name).is_file() for name in names) for folder in tried]
-    if not any(found):
+    tried = list(dict.fromkeys(root / folder for root in roots for folder in subfolders))
+    counts = [sum((folder / name).is_file() for name in names) for folder in tried]
+    if not any(counts):
         listed = ", ".join(map(str, tried))
         raise UserError(f"{file}: its first image, {names[0]!r}, is in none of {listed}")
-    return tried[found.index(max(found))]
+    return tried[counts.index(max(counts))]
 
 
 def _file_name(entry: dict) -> str:
     return str(entry.get("file_name", "")).replace("\\", "/")
 
 
-def rows_of(content: dict, where, ask: Ask) -> Rows:
+def rows_of(content: dict, where, wording: Wording) -> SplitRows:
     """The rows of an annotation file's content, in its order of images and categories.
 
-    where: the file, for messages. Raises UserError if an image or category is named that the
-    content does not have, if a number is given twice, or if there is no box. A box that is none is
-    a fault of its row.
+    where: the file, for messages. Boxes and solutions count pixels. Raises UserError if an
+    annotation is of an image or category that the content does not have, if an id occurs twice, or
+    if there is no box. A box that is none is a fault of its row.
     """
-    images, names = _by_id(content, "images", where), _by_id(content, "categories", where)
-    shown: dict[tuple, list[dict]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            raise UserError(f"{where}: {str(annotation)[:80]!r} is no annotation")
-        place = annotation.get("image_id"), annotation.get("category_id")
-        for number, known, what in zip(place, (images, names), ("image", "category"), strict=True):
-            if not isinstance(number, int | str) or number not in known:
-                raise UserError(
-                    f"{where}: annotation {annotation.get('id')} is of {what} {number!r}, which "
-                    f"the file does not have"
-                )
-        shown[place].append(annotation)
-    if not shown:
-        raise UserError(f"{where}: no annotation")
-    boxed = {p: found for p, found in shown.items() if not all(map(_is_crowd, found))}
-    used = {category for _, category in boxed}
-    called = {number: str(entry.get("name", number)) for number, entry in names.items()}
-    asked = [number for number in names if number in used]
-    check_names([called[number] for number in asked], f"{where}: the categories")
+    images, categories = _by_id(content, "images", where), _by_id(content, "categories", where)
+    annotations = _by_pair(content["annotations"], images, categories, where)
+    boxed = {pair for pair, those in annotations.items() if not all(map(_is_crowd, those))}
+    with_boxes = {category for _, category in boxed}
+    names = {number: str(entry.get("name", number)) for number, entry in categories.items()}
+    asked = [number for number in categories if number in with_boxes]
+    check_names([names[number] for number in asked], f"{where}: the categories")
     if not boxed:
         raise UserError(f"{where}: all boxes are crowds, so there is nothing to find")
     numbers = [n for a in content["annotations"] if _is_box(a.get("bbox")) for n in a["bbox"]]
     if numbers and max(numbers) <= 1:
         raise UserError(f"{where}: no coordinate is above 1; boxes must count pixels, not shares")
-    absent = _absent(images, asked, shown, round(share_of(len(boxed), ask.absent_share)))
-    order = [(i, c) for i in images for c in asked if (i, c) in boxed or (i, c) in absent]
-    table, faults, clipped, twice = [], [], 0, 0
-    for index, (image, category) in enumerate(order):
-        entry, found = images[image], shown.get((image, category), [])
+    count = round(absent_count(len(boxed), wording.absent_share))
+    absent = _choose_absent(images, asked, annotations, count)
+
+    table, faults, clipped, repeated = [], [], 0, 0
+    pairs = [(i, c) for i in images for c in asked if (i, c) in boxed or (i, c) in absent]
+    for index, (image, category) in enumerate(pairs):
+        entry, those = images[image], annotations.get((image, category), [])
         size = entry.get("width"), entry.get("height")
-        solution, wrong, cut, same = _solution([a for a in found if not _is_crowd(a)], size)
-        clipped, twice = clipped + cut, twice + same
-        problem = ask.boxes_problem(called[category])
-        place = {"image_id": image, "category_id": category, "category": called[category]}
-        place |= {"annotations": found, "size": size}
-        row = {"image": entry.get("image") or _file_name(entry)}
-        table.append(row | {"problem": problem, "solution": solution, "place": place})
-        if wrong:
+        solution = _solution([a for a in those if not _is_crowd(a)], size)
+        clipped, repeated = clipped + solution.clipped, repeated + solution.repeated
+        coco = {"image_id": image, "category_id": category, "category": names[category]}
+        table.append({
+            "image": entry.get("image") or _file_name(entry),
+            "problem": wording.boxes_problem(names[category]),
+            "solution": solution.text,
+            "coco": coco | {"annotations": those, "size": size},
+        })  # fmt: skip
+        if solution.fault:
             todo = "correct the annotation, or remove it"
-            faults.append(Fault(index, str(entry.get("file_name", "image")), wrong, todo))
-    rows = Rows(table, Path())
-    rows.worded = True
-    rows.asks_in, rows.faults = ask.frame, faults
-    rows.said = [
-        f"{len(images)} images, {len(asked)} categories: {', '.join(called[c] for c in asked)}",
+            file_name = str(entry.get("file_name", "image"))
+            faults.append(Fault(index, file_name, solution.fault, todo))
+    rows = SplitRows(table, Path())
+    rows.has_our_prompts, rows.asked_frame, rows.faults = True, wording.frame, faults
+    rows.notes = [
+        f"{len(images)} images, {len(asked)} categories: {', '.join(names[c] for c in asked)}",
         f"{len(boxed)} rows ask for what an image shows, {len(absent)} for what it does not "
         f"(--absent_share)",
+        *_notes(content["annotations"], names, asked, clipped, repeated),
     ]
-    crowds = sum(map(_is_crowd, content["annotations"]))
-    unused = [called[c] for c in names if c not in used]
-    if crowds:
-        rows.said.append(f"{crowds} crowd boxes are left out")
-    if twice:
-        rows.said.append(f"{twice} boxes are there twice, and are asked for once")
-    if all(called[number].isdigit() for number in asked):
-        rows.said.append("the categories have numbers for names, so the prompt asks for numbers")
-    if clipped:
-        rows.said.append(f"{clipped} boxes reach out of their image and are clipped to it")
-    if unused:
-        rows.said.append(f"never asked for, as no box is of them: {', '.join(unused)}")
     return rows
 
 
 def _by_id(content: dict, part: str, where) -> dict:
-    found = {}
+    """The entries of `part` by their ids. Raises UserError for an id that is none or not unique."""
+    entries = {}
     for entry in content[part]:
         number = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(number, int | str) or number in found:
+        if not isinstance(number, int | str) or number in entries:
             raise UserError(f"{where}: {part}: {str(entry)[:80]!r} has no id of its own")
-        found[number] = entry
-    if len({type(number) for number in found}) > 1:
+        entries[number] = entry
+    if len({type(number) for number in entries}) > 1:
         raise UserError(f"{where}: {part}: some ids are numbers and some are text")
-    return found
+    return entries
+
+
+def _by_pair(annotations: list, images: dict, categories: dict, where) -> dict[tuple, list[dict]]:
+    """(image id, category id) -> its annotations. Raises UserError for an id that is not there."""
+    by_pair: dict[tuple, list[dict]] = defaultdict(list)
+    for annotation in annotations:
+        if not isinstance(annotation, dict):
+            raise UserError(f"{where}: {str(annotation)[:80]!r} is no annotation")
+        pair = annotation.get("image_id"), annotation.get("category_id")
+        for number, known, what in zip(
+            pair, (images, categories), ("image", "category"), strict=True
+        ):
+            if not isinstance(number, int | str) or number not in known:
+                raise UserError(
+                    f"{where}: annotation {annotation.get('id')} is of {what} {number!r}, which "
+                    f"the file does not have"
+                )
+        by_pair[pair].append(annotation)
+    if not by_pair:
+        raise UserError(f"{where}: no annotation")
+    return by_pair
+
+
+def _notes(
+    annotations: list[dict], names: dict, asked: list, clipped: int, repeated: int
+) -> list[str]:
+    """Lines for the plan on what was decided about boxes and categories.
+
+    names: category id -> name. asked: ids of the categories that rows ask for. clipped, repeated:
+    how many boxes were.
+    """
+    notes = []
+    crowds = sum(map(_is_crowd, annotations))
+    unused = [name for number, name in names.items() if number not in asked]
+    if crowds:
+        notes.append(f"{crowds} crowd boxes are left out")
+    if repeated:
+        notes.append(f"{repeated} boxes are there twice, and are asked for once")
+    if all(names[number].isdigit() for number in asked):
+        notes.append("the categories have numbers for names, so the prompt asks for numbers")
+    if clipped:
+        notes.append(f"{clipped} boxes reach out of their image and are clipped to it")
+    if unused:
+        notes.append(f"never asked for, as no box is of them: {', '.join(unused)}")
+    return notes
 
 
 def _is_crowd(annotation: dict) -> bool:
     return bool(annotation.get("iscrowd"))
 
 
-def share_of(present: int, share: float) -> float:
-    """How many more make `share` of the sum."""
+def absent_count(present: int, share: float) -> float:
+    """How many rows beside `present` ones make up `share` of all."""
     return present * share / (1 - share)
 
 
-def _absent(images, asked: list, shown: dict, count: int) -> set[tuple]:
-    """`count` pairs of an image and a category that it does not show, by chance, but always the
-    same; one of each image first, then two."""
+def _choose_absent(images, asked: list, annotations: dict, count: int) -> set[tuple]:
+    """`count` pairs of an image and a category that it does not show, at random, but the same ones
+    in every run; one pair of each image first, then a second one."""
     chosen: set[tuple] = set()
-    free = {i: [c for c in asked if (i, c) not in shown] for i in images}
+    free = {i: [c for c in asked if (i, c) not in annotations] for i in images}
     while len(chosen) < count and any(free.values()):
         drawn = []
         for image, categories in free.items():
             if categories:
-                order = sorted(categories, key=lambda c: _chance(image, c))
+                order = sorted(categories, key=lambda c: _digest(image, c))
                 free[image] = order[1:]
                 drawn.append((image, order[0]))
-        drawn.sort(key=lambda pair: _chance("row", *pair))
+        drawn.sort(key=lambda pair: _digest("row", *pair))
         chosen |= set(drawn[: count - len(chosen)])
     return chosen
 
 
-def _chance(*words) -> str:
+def _digest(*words) -> str:
+    """A hash to sort by: a random order that is the same in every run."""
     return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
 
 
-def _solution(annotations: list[dict], size: tuple) -> tuple[str, str, int, int]:
-    """(solution in pixels, what is wrong or "", boxes clipped, boxes that are there twice) of the
-    boxes [x, y, width, height] in an image of this (width, height)."""
+class _Solution(NamedTuple):
+    """A row's solution in pixels, what is wrong with its boxes or "", and how many of them were
+    clipped to the image or left out as they occur twice."""
+
+    text: str
+    fault: str = ""
+    clipped: int = 0
+    repeated: int = 0
+
+
+def _solution(annotations: list[dict], size: tuple) -> _Solution:
+    """The solution of the boxes [x, y, width, height] in an image of this (width, height)."""
     boxes, clipped = [], 0
     if not all(_is_number(side) and side > 0 for side in size):
-        return NOTHING, f"width and height are {size[0]} and {size[1]}", 0, 0
+        return _Solution(NOTHING, f"width and height are {size[0]} and {size[1]}")
     for annotation in annotations:
         box, name = annotation.get("bbox"), f"annotation {annotation.get('id')}"
         if not _is_box(box):
-            return NOTHING, f"{name} has the bbox {str(box)[:80]}, not four numbers", 0, 0
+            return _Solution(NOTHING, f"{name} has the bbox {str(box)[:80]}, not four numbers")
         x, y, w, h = box
-        wide = (x, y, x + w, y + h)
+        unclipped = (x, y, x + w, y + h)
         corners = [
             min(max(round(float(n), 4), 0.0), side)
-            for n, side in zip(wide, (*size, *size), strict=True)
+            for n, side in zip(unclipped, (*size, *size), strict=True)
         ]
         if corners[2] <= corners[0] or corners[3] <= corners[1]:
-            return NOTHING, f"{name}, bbox {box}: no area inside the image", 0, 0
-        clipped += any(abs(a - b) > 1e-3 for a, b in zip(wide, corners, strict=True))
+            return _Solution(NOTHING, f"{name}, bbox {box}: no area inside the image")
+        clipped += any(abs(a - b) > 1e-3 for a, b in zip(unclipped, corners, strict=True))
         boxes.append(f"{{'Position': {[_short(n) for n in corners]}, 'Confidence': 1.0}}")
-    own = list(dict.fromkeys(boxes))
-    solution = f"<answer>[{', '.join(own)}]</answer>" if own else NOTHING
-    return solution, "", clipped, len(boxes) - len(own)
+    distinct = list(dict.fromkeys(boxes))
+    text = f"<answer>[{', '.join(distinct)}]</answer>" if distinct else NOTHING
+    return _Solution(text, "", clipped, repeated=len(boxes) - len(distinct))
 
 
 def _is_box(box) -> bool:

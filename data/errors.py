@@ -1,4 +1,4 @@
-"""The errors of a run that have a meaning of their own; every other one is a bug and looks so."""
+"""The two errors that a run ends with on purpose; any other exception is a bug."""
 
 
 class UserError(ValueError):

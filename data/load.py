@@ -1,12 +1,13 @@
-"""Data sets by name: which form is it, which splits are there, which rows are held out.
+"""Data sets by name: which form it is, which splits there are, which rows are held out.
 
-A name is an embedded demo ("demo:flowers"), a file or folder, or a data set on the hub. The form is
-told by looking: COCO annotations (data/coco.py), tables (data/virft.py), class folders
-(data/folders.py).
+A name is an embedded demo ("demo:flowers"), a file or folder, or a data set on the hub. What a
+folder holds decides the form: COCO annotations (data/coco.py), tables (data/virft.py), class
+folders (data/folders.py). Not here: whether the rows are sound (data/check.py).
 """
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -14,91 +15,98 @@ from io import BytesIO
 from pathlib import Path
 
 from data import coco, flowers, folders, scenes, virft
-from data.ask import Ask
 from data.errors import UserError
-from data.rows import Rows
+from data.rows import Row, SplitRows
+from data.wording import Wording
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
-SHARE = 0.2  # is held out where there is no test split
-AS_TAUGHT = Ask()  # as Qwen2-VL was
+SHARE = 0.2  # of the images is held out where there is no test split
+QWEN2_WORDING = Wording()  # boxes as Qwen2-VL writes them
 DEMO_ROWS = {"train": 480, "test": 180}
 
 
-def load(dataset_name: str, split: str, ask: Ask = AS_TAUGHT) -> Rows:
-    """The rows of a split; `ask` words the prompts where the data set has none.
+def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> SplitRows:
+    """The rows of a split, unchecked. wording: of prompts where the data set has none.
 
     Raises UserError if the data set or the split does not exist (naming the splits there are),
     a file cannot be read, a column is missing, or there is no row.
     """
     path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
-    kind, parts = look(dataset_name)
-    if kind != "hub" and split not in parts:
+    form, sources = find_form(dataset_name)
+    if form != "hub" and split not in sources:
         raise UserError(
-            f"{dataset_name}: no split {split!r}; there is {', '.join(parts) or 'none'} "
+            f"{dataset_name}: no split {split!r}; there is {', '.join(sources) or 'none'} "
             f"(--dataset_train_split and --dataset_test_split choose)"
         )
     try:
-        if kind == "demo":
-            rows = Rows(_demo(dataset_name, split), Path())
-        elif kind == "hub":
-            rows = virft.read_hub(dataset_name, split, ask)
-        elif kind == "coco":
-            rows = coco.read(parts[split], ask)
-        elif kind == "folders":
-            classes = sorted({name for part in parts.values() for name in folders.classes_of(part)})
-            rows = folders.read(parts[split], ask, classes)
+        if form == "demo":
+            rows = SplitRows(_demo(dataset_name, split), Path())
+        elif form == "hub":
+            rows = virft.read_hub(dataset_name, split, wording)
+        elif form == "coco":
+            rows = coco.read(sources[split], wording)
+        elif form == "folders":
+            classes = {name for source in sources.values() for name in folders.classes_of(source)}
+            rows = folders.read(sources[split], wording, sorted(classes))
         else:
-            rows = virft.read(path, split, parts[split], ask)
+            rows = virft.read(path, split, sources[split], wording)
     except ValueError as error:
         text = str(error)
         raise UserError(text if dataset_name in text else f"{where}: {text}") from error
-    rows.name, rows.ask = where, ask
+    rows.name, rows.wording = where, wording
     if not len(rows):
         raise UserError(f"{where}: no rows")
-    if ask.template is not None and not rows.worded:
+    if wording.template is not None and not rows.has_our_prompts:
         raise UserError(f"--prompt_template has no effect here: {dataset_name} has prompts")
     return rows
 
 
 def read_splits(
-    dataset_name: str, train_split: str, test_split: str | None, test_share: float | None, ask: Ask
-) -> tuple[Rows, Rows]:
+    dataset_name: str,
+    train_split: str,
+    test_split: str | None,
+    test_share: float | None,
+    wording: Wording,
+) -> tuple[SplitRows, SplitRows]:
     """The rows to train on and those held out, by the flags of these names, unchecked.
 
     Without a test split a share of the images is held out: by default SHARE of a data set whose
-    prompts are made here, else nothing. Raises UserError as `load`.
+    prompts are made here, else nothing. Raises UserError as `load`, and for a --test_share beside a
+    test split.
     """
-    train = load(dataset_name, train_split, ask)
+    train = load(dataset_name, train_split, wording)
     if test_split is None:
-        found, others = splits(dataset_name), ["test", "validation"][: 1 + train.worded]
-        others = [split for split in others if split in found and split != train_split]
-        test_split = next(iter(others), None)
+        names = ("test", "validation") if train.has_our_prompts else ("test",)
+        present = set(splits(dataset_name)) - {train_split}
+        test_split = next((name for name in names if name in present), None)
     if test_split and test_share is not None:
         raise UserError(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
         )
     if test_split:
-        held_out = load(dataset_name, test_split, replace(ask, corners=train.corners))
-        train.said += [f"held out: {line}" for line in held_out.said]
+        held_out = load(dataset_name, test_split, replace(wording, corners=train.corners))
+        train.notes += [f"held out: {line}" for line in held_out.notes]
         return train, held_out
-    share = SHARE * train.worded if test_share is None else test_share
-    return hold_out(train, share) if share else (train, train.pick([]))
+    if test_share is None:
+        test_share = SHARE if train.has_our_prompts else 0.0
+    return hold_out(train, test_share) if test_share else (train, train.pick([]))
 
 
 def splits(dataset_name: str) -> list[str]:
     """Names of the splits. Raises UserError if the data set does not exist."""
-    kind, parts = look(dataset_name)
-    if kind == "hub":
+    form, sources = find_form(dataset_name)
+    if form == "hub":
         import datasets
 
-        return virft.on_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
-    return list(parts)
+        return virft.from_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
+    return list(sources)
 
 
-def look(dataset_name: str) -> tuple[str, dict]:
-    """("demo", "coco", "folders", "tables" or "hub", split -> what holds it): what a name means.
+def find_form(dataset_name: str) -> tuple[str, dict]:
+    """A data set's form, "demo", "coco", "folders", "tables" or "hub", and its splits: name -> what
+    holds it, a file, a folder or a list of files.
 
-    Of the hub no splits are known. Raises UserError if it is none of these, or two at once.
+    Of the hub no splits are known. Raises UserError if it has none of these forms, or two at once.
     """
     path = Path(dataset_name).expanduser()
     if dataset_name in DEMOS:
@@ -120,7 +128,7 @@ def look(dataset_name: str) -> tuple[str, dict]:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether a name means a file or folder and no data set on the hub, which is "owner/name".
+    """Whether a name is that of a file or folder, not of a data set on the hub ("owner/name").
 
     Raises UserError for what can only be a path and does not exist.
     """
@@ -141,53 +149,75 @@ def _demo(dataset_name: str, split: str) -> list[dict]:
     return rows
 
 
-def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """(to train on, held out): of each class, or of all, about `share` of the images.
+def hold_out(rows: SplitRows, share: float) -> tuple[SplitRows, SplitRows]:
+    """(rows to train on, rows held out): about `share` of the images, in class folders of each
+    class.
 
-    Which follows from the images' content alone, so equal images are on one side. A class with one
+    Which images follows from their content alone, so equal images are on one side. A class with one
     image keeps it to train on.
     """
     with ThreadPoolExecutor() as pool:
-        facts = list(pool.map(lambda i: _facts(rows[i]), range(len(rows))))
-    first: dict[str, int] = {}  # image -> the first row that has it, or that shares images with it
-    together: dict[int, list[int]] = {}
-    for i, (keys, _) in enumerate(facts):
-        linked = {first[key] for key in keys if key in first}
-        root = min(linked, default=i)
-        members = [i]
-        for other in linked - {root}:
-            members += together.pop(other)
-        together.setdefault(root, []).extend(members)
-        for member in members:
-            first |= dict.fromkeys(facts[member][0], root)
-    classes: dict[str, list[int]] = defaultdict(list)
-    for root in together:
-        one_class = rows.worded and rows.asks_in is None
-        classes[facts[root][1] if one_class else ""].append(root)
-    held: set[int] = set()
-    for roots in classes.values():
-        smallest = {r: min(key for i in together[r] for key in facts[i][0]) for r in roots}
-        order = sorted(roots, key=lambda r: hashlib.sha256(smallest[r].encode()).hexdigest())
+        keys_and_solutions = list(pool.map(lambda i: _keys_and_solution(rows[i]), range(len(rows))))
+    keys = [row_keys for row_keys, _ in keys_and_solutions]
+    # Class folders and label columns: a solution is a class, and each class gives its share.
+    by_class = rows.has_our_prompts and rows.asked_frame is None
+    clusters: dict[str, list[list[int]]] = defaultdict(list)
+    for cluster in linked_rows(keys):
+        clusters[keys_and_solutions[cluster[0]][1] if by_class else ""].append(cluster)
+    chosen: set[int] = set()
+    for of_class in clusters.values():
+        order = sorted(of_class, key=lambda cluster: _digest(keys, cluster))
         count = round(share * len(order)) or int(share > 0)
-        held |= {i for root in order[: min(count, len(order) - 1)] for i in together[root]}
-    sides = [[i for i in range(len(rows)) if (i in held) == side] for side in (False, True)]
-    parts = [rows.pick(side) for side in sides]
-    for part, side in zip(parts, sides, strict=True):
-        place = {old: new for new, old in enumerate(side)}
-        part.faults = [
-            replace(fault, row=place[fault.row]) for fault in rows.faults if fault.row in place
-        ]
-    parts[1].name = f"{rows.name}, what is held out of it"
-    parts[0].said = [
-        *rows.said,
-        f"{len(sides[1])} of {len(rows)} rows are held out, chosen by their images (--test_share)",
+        chosen |= {i for cluster in order[: min(count, len(order) - 1)] for i in cluster}
+    train = _part(rows, [i for i in range(len(rows)) if i not in chosen])
+    held_out = _part(rows, sorted(chosen))
+    held_out.name = f"{rows.name}, what is held out of it"
+    train.notes = [
+        *rows.notes,
+        f"{len(held_out)} of {len(rows)} rows are held out, chosen by their images (--test_share)",
     ]
-    return parts[0], parts[1]
+    return train, held_out
 
 
-def _facts(row) -> tuple[tuple[str, ...], str]:
-    """(image keys, solution) of a row."""
+def linked_rows(keys: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Clusters of rows that share images, each directly or through others of its cluster.
+
+    keys: of each row's images. Returns the rows' indices; the first of a cluster is its lowest.
+    """
+    cluster_of: dict[str, int] = {}  # image -> the lowest row of its cluster
+    clusters: dict[int, list[int]] = {}  # the lowest row -> all rows
+    for i, row_keys in enumerate(keys):
+        touched = {cluster_of[key] for key in row_keys if key in cluster_of}
+        lowest = min(touched, default=i)
+        joining = [i]
+        for other in touched - {lowest}:
+            joining += clusters.pop(other)
+        clusters.setdefault(lowest, []).extend(joining)
+        for member in joining:
+            cluster_of |= dict.fromkeys(keys[member], lowest)
+    return list(clusters.values())
+
+
+def _digest(keys: Sequence[Sequence[str]], cluster: Sequence[int]) -> str:
+    """A hash of the cluster's images, whatever their order and the rows': what to sort by."""
+    smallest = min(key for i in cluster for key in keys[i])
+    return hashlib.sha256(smallest.encode()).hexdigest()
+
+
+def _part(rows: SplitRows, indices: list[int]) -> SplitRows:
+    """These rows as rows of their own, with their faults under their new numbers."""
+    part = rows.pick(indices)
+    new_index = {old: new for new, old in enumerate(indices)}
+    part.faults = [
+        replace(fault, row=new_index[fault.row]) for fault in rows.faults if fault.row in new_index
+    ]
+    return part
+
+
+def _keys_and_solution(row: Row) -> tuple[tuple[str, ...], str]:
+    """The keys of a row's images and its solution. Images that cannot be read are a fault, which
+    data/check.py names: such a row gets a key of its own."""
     try:
-        return row.keys or (f"row {row.index}",), row.solution
-    except (ValueError, TypeError):  # a fault of the row, which data/check.py names
+        return row.image_keys or (f"row {row.index}",), row.solution
+    except (ValueError, TypeError):
         return (f"row {row.index}",), row.solution

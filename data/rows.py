@@ -1,7 +1,8 @@
-"""Rows of a data set, whatever form it has: images, a problem, a solution.
+"""The rows of a data set, whatever form it has: images, a problem, a solution.
 
-A form (data/virft.py and its neighbours) makes `Rows`; data/load.py tells the forms apart, and
-data/check.py looks at every row.
+data/virft.py, chat.py, coco.py, folders.py and labels.py each read one form and return `SplitRows`.
+data/load.py tells the forms apart; data/check.py checks every row. Not here: what a solution means
+(rewards/).
 """
 
 import base64
@@ -33,12 +34,13 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Example:
+class Row:
     """Row `index` of a split: images as file paths or encoded bytes, and the two texts as found.
 
-    Whether they are texts and images at all is for data/check.py to say. fault: why the form cannot
-    make an example of the row, "" if it can. place: of a COCO row, where it is in the annotation
-    file: image_id, category_id, category, annotations.
+    data/check.py checks that they are images and texts at all. fault: why no row could be made of
+    what the file holds, "" if one could. coco: of a row from a COCO file, what belongs to it there:
+    image_id, category_id, category (its name), annotations (COCO's own dicts, bbox in pixels), and
+    size (width, height in pixels, as the file says).
     """
 
     index: int
@@ -46,7 +48,7 @@ class Example:
     problem: str
     solution: str
     fault: str = ""
-    place: dict | None = field(default=None, compare=False)
+    coco: dict | None = field(default=None, compare=False)
 
     @property
     def where(self) -> str:
@@ -56,14 +58,14 @@ class Example:
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
     @cached_property
-    def keys(self) -> tuple[str, ...]:
+    def image_keys(self) -> tuple[str, ...]:
         """A content hash per image, equal for equal images."""
         return tuple(content_key(image) for image in self.images)
 
     def prompt(self, processor):
         """The row as a prompt for the model (models/processor.py). Raises as `open_image`."""
         images = [open_image(image) for image in self.images]
-        return processor.encode(self.problem, images, self.keys)
+        return processor.encode(self.problem, images, self.image_keys)
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -71,28 +73,33 @@ class Example:
         return open_image(self.images[0]).size
 
 
-class Rows(Sequence):
-    """Rows read lazily from a list of dicts or a `datasets.Dataset`; `folder` roots image paths.
+class SplitRows(Sequence):
+    """The rows of a split, read lazily from a list of dicts or a `datasets.Dataset`.
 
-    convert: makes a dict with the columns of the ViRFT schema of a row that has others. name: the
-    data set and the split, for messages. said: what the plan prints of a form that leaves things
-    open. worded: whether the prompts are ours (data/ask.py). asks_in: the frame of boxes that such
-    prompts ask for, while the solutions count pixels; None of other rows. sizes: of each row's
-    images, and faults: what was found, once checked. ask: as `load` was given it.
+    folder: what image paths are relative to. convert: turns a dict with other columns into one with
+    those of the ViRFT schema.
+
+    Set by whoever reads the form: notes, lines for the plan on what was decided while reading;
+    has_our_prompts, whether the problems were worded here (data/wording.py) and not by the data
+    set; asked_frame, the frame of boxes that such problems ask for (their solutions count pixels),
+    None of other rows; corners, whether boxes of `objects` were read as two corners.
+    Set by data/load.py: name, the data set and the split, for messages; wording, as `load` got it.
+    Set by data/check.py: sizes, (width, height) in pixels of each row's images; faults;
+    image_keys, the content hashes of all images.
     """
 
     def __init__(self, rows, folder: Path, convert: Callable[[dict], dict] | None = None):
         self.rows, self.folder, self.convert = rows, folder, convert
-        self.name, self.said, self.worded, self.asks_in = "", [], False, None
+        self.name, self.wording = "", None
+        self.notes, self.has_our_prompts, self.asked_frame, self.corners = [], False, None, None
         self.sizes: list[list[tuple[int, int]]] = []
         self.faults: list[Fault] = []
-        self.content: set[str] = set()  # keys of all images, once checked
-        self.ask, self.corners = None, None  # corners: how boxes of `objects` were read
+        self.image_keys: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
         row = self.rows[index]
         if not isinstance(row, dict):  # a row of an arrow table
@@ -106,26 +113,26 @@ class Rows(Sequence):
             solution = str(solution)  # a box, as some sets for grounding have it
         if isinstance(solution, str) and (thought := THOUGHT.match(solution)):
             solution = solution[thought.end() :]
-        known = row.get("fault", ""), row.get("place")
-        return Example(index, images, row.get("problem"), solution, *known)
+        problem, fault, coco = row.get("problem"), row.get("fault", ""), row.get("coco")
+        return Row(index, images, problem, solution, fault=fault, coco=coco)
 
-    def first(self, count: int | None) -> list[Example]:
-        """The first `count` rows; all without."""
+    def first(self, count: int | None) -> list[Row]:
+        """The first `count` rows; None or 0: all of them."""
         return [self[index] for index in range(min(len(self), count or len(self)))]
 
     @property
-    def sound(self) -> list[Example]:
+    def sound(self) -> list[Row]:
         """The rows without a fault."""
         bad = {fault.row for fault in self.faults}
         return [self[index] for index in range(len(self)) if index not in bad]
 
-    def pick(self, indices: Sequence[int]) -> "Rows":
+    def pick(self, indices: Sequence[int]) -> "SplitRows":
         """Some of the rows as rows of their own, numbered from 0, before any is checked."""
-        some = self.rows.select(indices) if hasattr(self.rows, "select") else None
-        picked = Rows(some or [self.rows[i] for i in indices], self.folder, self.convert)
-        for name in ("name", "worded", "asks_in", "ask"):
-            setattr(picked, name, getattr(self, name))
-        return picked
+        picked = self.rows.select(indices) if hasattr(self.rows, "select") else None
+        rows = SplitRows(picked or [self.rows[i] for i in indices], self.folder, self.convert)
+        for name in ("name", "has_our_prompts", "asked_frame", "wording"):
+            setattr(rows, name, getattr(self, name))
+        return rows
 
     def _image(self, image):
         """A path or bytes if it is one; anything else as it is, for data/check.py to report."""
@@ -150,9 +157,9 @@ def _decoded(uri: str) -> bytes | str:
         return uri
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint(rows: Sequence[Row]) -> str:
     """The same hexadecimal number for the same problems, solutions and images in the same order."""
     digest = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        digest.update(repr((example.problem, example.solution, example.keys)).encode())
+    for row in rows:
+        digest.update(repr((row.problem, row.solution, row.image_keys)).encode())
     return digest.hexdigest()

@@ -3,8 +3,8 @@
     python -m demo.picture RUN [RUN ...] --output docs/demo.png
 
 Everything is read from the run folders (config.yaml, metrics.jsonl, eval-*.jsonl) and their data
-set. Shown are the first held-out rows, each of another class, whose answer was not right before
-training; the caption counts all of them.
+set. It shows the first held-out rows of different classes whose answer was not right before
+training; the numbers above them are of all held-out rows.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from grpo.report.read import read_run
 from rewards.boxes import parse_boxes, read_boxes, solution_kind
 from rewards.coco import category
 
-WIDTH, PANEL, MARGIN = 1760, 510, 50  # pixels; a panel is as high as PANEL
+WIDTH, PANEL, MARGIN = 1760, 510, 50  # pixels; PANEL is the height of a panel
 IMAGE, GAP, SHOWN = 250, 34, 4  # side of an example, space between two, how many
 INK, GREY, PALE = "#1f2328", "#6b7280", "#e5e7eb"
 BEFORE, AFTER = "#d1242f", "#1a7f37"
@@ -32,7 +32,10 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 class DemoRun:
-    """A run as the picture shows it: curve, held-out means, and the first and last answers."""
+    """A run as the picture shows it: its curve, held-out means, first and last answers.
+
+    Raises UserError for a run that was not evaluated before and after training.
+    """
 
     def __init__(self, folder: Path):
         run = read_run(folder)
@@ -62,6 +65,7 @@ class DemoRun:
 
 
 def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: DemoRun, top: int) -> None:
+    """One run's numbers, examples and curve, from `top` pixels down the page on."""
     title = "Find the object" if run.boxes else "Name the flower"
     canvas.text((MARGIN, top), title, INK, font(40))
     means = [sum(r[i]["rewards"][run.term] for r in run.pairs) / len(run.pairs) for i in (0, 1)]
@@ -93,7 +97,8 @@ def draw_panel(canvas: ImageDraw.ImageDraw, page: Image.Image, run: DemoRun, top
 
 
 def draw_boxes(canvas, corner, solution: str, before: str | None, after: str | None) -> None:
-    """The true boxes in white, what was answered before and after in its colours."""
+    """The true boxes in white, those of the answers before and after in their colours. corner: of
+    the image on the page, pixels."""
     answers = [(box, "white", 5) for box in read_boxes(solution)]
     for text, colour in ((before, BEFORE), (after, AFTER)):
         answers += [(box, colour, 3) for box in parse_boxes(text or "").boxes]
@@ -132,7 +137,7 @@ def draw_curve(canvas, run: DemoRun, area: tuple[int, int, int, int]) -> None:
 
 
 def picture(folders: list[Path], output: Path) -> None:
-    """Draws the panels of the runs below each other. Raises UserError for a folder of no use."""
+    """Draws the panels of the runs below each other. Raises UserError as `DemoRun`."""
     runs = [DemoRun(folder) for folder in folders]
     page = Image.new("RGB", (WIDTH, MARGIN + PANEL * len(runs)), "white")
     canvas = ImageDraw.Draw(page)

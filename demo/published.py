@@ -1,6 +1,6 @@
-"""A model as a checkpoint folder, in the form that its family is published in.
+"""Writes a model as a checkpoint folder, in the form in which its family is published.
 
-For the demos' models, the benchmarks and the tests. A run does not write this: it copies the
+For the demos' models, the benchmarks and the tests. Not here: what a run writes, which copies the
 config.json of the model that it began with (models/load.py).
 """
 
@@ -19,7 +19,7 @@ ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-# Keys of config.json that are called as here.
+# Keys of config.json that are attributes of our config, by the same names.
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 DECODER = (
     *("bos_token_id", "eos_token_id", "hidden_size", "initializer_range", "intermediate_size"),
@@ -31,7 +31,7 @@ TOWER += ("spatial_merge_size",)
 
 
 def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
-    """config.json as the family is published; `dtype` is the weights' on disk."""
+    """The content of config.json as the family is published. dtype: of the weights on disk."""
     decoder = {name: getattr(config, name) for name in DECODER}
     decoder |= {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True}
     section = list(config.mrope_section)
@@ -49,7 +49,7 @@ def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
 
 
 def vision_dict(vision: VisionConfig, family: str) -> dict:
-    """config.json's `vision_config` as the family is published."""
+    """The content of config.json's `vision_config` as the family is published."""
     tower = {"model_type": family, **{name: getattr(vision, name) for name in TOWER}}
     if family != "qwen3_vl":
         tower |= {"in_chans": vision.in_channels, "spatial_patch_size": vision.patch_size}

@@ -1,8 +1,8 @@
-"""What the coordinates of boxes count: thousandths of the image, its pixels, or those of the image
-as it was resized for the model; and solutions from one of these frames to another.
+"""Frames of box coordinates: thousandths of the image, pixels, or pixels of the resized image.
 
-A frame is (width, height): the coordinates of the image's lower right corner. Images are upright,
-as EXIF says.
+"Resized" is the image as the model sees it. A frame is (width, height), the coordinates of the
+image's lower right corner; images are upright, as EXIF says. Solutions are converted from one frame
+to another; a data set's own prompt is never changed.
 """
 
 import re
@@ -22,10 +22,10 @@ FRAMES = {
 
 @dataclass(frozen=True)
 class Frames:
-    """Which of FRAMES a data set's solutions count in, and the answers to it must.
+    """Which of FRAMES a data set's solutions are in, and which one answers must be in.
 
-    taught: what the model was taught to answer in. resized: (width, height) of an image in pixels
-    -> that at which the model sees it.
+    taught: the one that the model was taught to answer in. resized: a function, (width, height) of
+    an image in pixels -> (width, height) at which the model sees it.
     """
 
     solutions: str
@@ -41,53 +41,58 @@ class Frames:
         )
 
     def of(self, row) -> dict[str, tuple[float, float]]:
-        """Each of FRAMES for the row's image."""
+        """(width, height) of each of FRAMES, by name, for the row's image."""
         sizes = ((1000, 1000), row.size, self.resized(*row.size))
         return {name: (float(w), float(h)) for name, (w, h) in zip(FRAMES, sizes, strict=True)}
 
     def answer(self, row) -> tuple[float, float]:
-        """The frame that an answer to the row must count in."""
+        """(width, height) of the frame that an answer to the row must be in."""
         return self.of(row)[self.answers]
 
     def solution(self, row) -> str:
-        """The row's solution, in that frame. Raises UserError as `convert_solution`."""
+        """The row's solution, converted to the frame of answers. Raises UserError as
+        `convert_solution`."""
         frames = self.of(row)
         return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
 
     def described(self, sizes: Iterable[tuple[int, int]]) -> dict:
-        """What `frame_of` needs to know, for JSON. sizes: (width, height) of the images, asked for
-        only where answers count pixels of the resized image."""
-        resized = set(sizes) if self.answers == "resized" else ()
-        table = {f"{w}x{h}": list(self.resized(w, h)) for w, h in sorted(resized)}
-        return {"answers": self.answers, "resized": table}
+        """What `frame_of` needs to know, for JSON.
+
+        sizes: (width, height) of all images in pixels; read only if answers are in pixels of the
+        resized image.
+        """
+        sizes = set(sizes) if self.answers == "resized" else ()
+        resized = {f"{w}x{h}": list(self.resized(w, h)) for w, h in sorted(sizes)}
+        return {"answers": self.answers, "resized": resized}
 
 
 def frame_of(described: dict, size: tuple[int, int]) -> tuple[float, float] | None:
-    """The frame that answers about an image of `size` (width, height) count in, from what
-    `Frames.described` wrote; None if it does not say."""
+    """(width, height) of the frame of answers about an image of `size` (width, height in pixels),
+    from what `Frames.described` returned; None if it does not say."""
     if described.get("answers") == "resized":
-        found = described.get("resized", {}).get(f"{size[0]}x{size[1]}")
-        return (float(found[0]), float(found[1])) if found else None
-    known = {"thousandths": (1000.0, 1000.0), "pixels": (float(size[0]), float(size[1]))}
-    return known.get(described.get("answers"))
+        resized = described.get("resized", {}).get(f"{size[0]}x{size[1]}")
+        return (float(resized[0]), float(resized[1])) if resized else None
+    frames = {"thousandths": (1000.0, 1000.0), "pixels": (float(size[0]), float(size[1]))}
+    return frames.get(described.get("answers"))
 
 
 def choose_frames(config, rows, processor) -> Frames:
-    """By --data_frame and --box_frame. Where they say auto, solutions count what they look like,
-    and answers what the solutions do: that is what a data set's own prompts ask for.
+    """The frames by --data_frame and --box_frame.
 
-    Prompts that are made here ask for the frame that rows.asks_in names, and solutions then count
-    pixels. Raises UserError if --data_frame says otherwise.
+    With "auto" the frame of solutions is guessed, and answers are in the same frame, as that is
+    what a data set's own prompts ask for. Prompts that are made here (data/wording.py) ask for
+    rows.asked_frame, and their solutions are in pixels. Raises UserError if --data_frame says
+    otherwise.
     """
-    if rows.asks_in:
+    if rows.asked_frame:
         if config.data_frame not in ("auto", "pixels"):
             raise UserError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
-        return Frames("pixels", rows.asks_in, processor.answers_in, processor.resized)
-    data = config.data_frame
-    if data == "auto":
-        data = guess_frame(row.solution for row in rows.sound)
-    answers = data if config.box_frame == "auto" else config.box_frame
-    return Frames(data, answers, processor.answers_in, processor.resized)
+        return Frames("pixels", rows.asked_frame, processor.answers_in, processor.resized)
+    solutions = config.data_frame
+    if solutions == "auto":
+        solutions = guess_frame(row.solution for row in rows.sound)
+    answers = solutions if config.box_frame == "auto" else config.box_frame
+    return Frames(solutions, answers, processor.answers_in, processor.resized)
 
 
 def guess_frame(solutions: Iterable[str]) -> str:
@@ -95,9 +100,9 @@ def guess_frame(solutions: Iterable[str]) -> str:
     largest = 0.0
     for text in solutions:
         positions = [p for part in re.split(r"[{}]", text) for p in POSITION.findall(part)]
-        for numbers in positions or [text]:  # one box as (x1,y1),(x2,y2) has no key
-            found = re.findall(r"\d+(?:\.\d+)?", numbers)
-            largest = max(largest, *map(float, found), 0.0)
+        for position in positions or [text]:  # one box as (x1,y1),(x2,y2) has no key
+            numbers = re.findall(r"\d+(?:\.\d+)?", position)
+            largest = max(largest, *map(float, numbers), 0.0)
     return "pixels" if largest > 1000 else "thousandths"
 
 
@@ -105,7 +110,7 @@ def guess_frame(solutions: Iterable[str]) -> str:
 def convert_solution(
     solution: str, source: tuple[float, float], target: tuple[float, float]
 ) -> str:
-    """A solution that counts in the frame `source` as it reads in the frame `target`: each
+    """A solution with its boxes converted from the frame `source` to the frame `target`: each
     coordinate times target / source along its axis, to 9 decimals.
 
     The same text if the frames are the same or it has no boxes. Raises UserError as `read_boxes`

@@ -386,7 +386,7 @@ def test_the_demo_is_a_data_set_like_any_other():
     assert not faults and not check_rows(examples)
     assert sizes[0] == [(84, 84)]
     assert open_image(examples[0].images[0]).tobytes() == rows("test", 1)[0]["image"].tobytes()
-    assert len({e.keys for e in examples}) == len(examples)
+    assert len({e.image_keys for e in examples}) == len(examples)
 
 
 def test_scenes_draw_the_same_every_time_and_their_boxes_hold_the_colour():

@@ -152,7 +152,7 @@ def test_boxes_in_another_frame_are_found_with_what_they_would_have_earned():
     first, second, *_ = train_det.hints(said(chosen, texts), task("thousandths"))
     assert first == (
         "read as pixels of the image, the 4 answers with boxes of this step would have earned an "
-        "IoU reward of 1.00 in place of 0.00"
+        "IoU reward of 1.00 instead of 0.00"
     )
     assert second == first.replace("the image,", "the resized image,")  # which has the same size
     true = [ideal_completion(row.solution) for row in chosen]

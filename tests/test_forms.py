@@ -15,12 +15,12 @@ from pycocotools.cocoeval import COCOeval
 
 import train_cls
 import train_det
-from data.ask import Ask, check_names
 from data.check import check_rows, load_splits, refuse
 from data.flowers import SPECIES, draw
 from data.images import open_image
 from data.load import hold_out, load, splits
 from data.rows import Fault
+from data.wording import Wording, check_names
 from grpo.report.page import run_page
 from grpo.report.read import read_run
 from models.processor import Processor
@@ -123,13 +123,16 @@ def test_class_folders_are_rows_with_the_classes_in_the_prompt(drawings, tmp_pat
     assert len(rows) == 24 and {row.solution for row in rows} == set(names)
     assert all(row.problem.count(", ".join(names)) == 1 for row in rows)
     pairs = {
-        (e.solution.removeprefix("<answer>").removesuffix("</answer>"), e.keys) for e in expected
+        (e.solution.removeprefix("<answer>").removesuffix("</answer>"), e.image_keys)
+        for e in expected
     }
-    assert {(row.solution, row.keys) for row in rows} == pairs
-    assert rows.said[0].startswith("4 classes, 24 photographs: ")
-    ask = Ask(template="One of {classes}!")
-    assert load(str(tmp_path / "photos"), "train", ask)[0].problem == f"One of {', '.join(names)}!"
-    many = Ask().class_problem([f"c{i}" for i in range(51)])
+    assert {(row.solution, row.image_keys) for row in rows} == pairs
+    assert rows.notes[0].startswith("4 classes, 24 photographs: ")
+    wording = Wording(template="One of {classes}!")
+    assert (
+        load(str(tmp_path / "photos"), "train", wording)[0].problem == f"One of {', '.join(names)}!"
+    )
+    many = Wording().class_problem([f"c{i}" for i in range(51)])
     assert "c7" not in many and "Choose" not in many
 
     class_folders(expected.pick(range(16)), tmp_path / "parts" / "train")
@@ -147,7 +150,7 @@ def test_what_class_folders_must_be(drawings, tmp_path):
     folder = sorted(p for p in photos.iterdir() if p.is_dir())[0]
     (folder / "Thumbs.db").write_text("x")
     (folder / ".DS_Store").write_text("x")
-    assert load(str(photos), "train").said[1] == (
+    assert load(str(photos), "train").notes[1] == (
         "left out as they are no photographs: Thumbs.db (1 in all)"
     )
     (photos / "empty").mkdir()
@@ -162,13 +165,13 @@ def test_what_class_folders_must_be(drawings, tmp_path):
     class_folders(expected.pick([0]), tmp_path / "other")
     with pytest.raises(ValueError, match="one folder, .*nothing to tell apart"):
         load(str(tmp_path / "other"), "train")
-    assert "Tall Flower" in load(str(photos), "train").said[0]
+    assert "Tall Flower" in load(str(photos), "train").notes[0]
     (photos / "tall flower").mkdir()
     draw(SPECIES[0], "test/0").save(photos / "tall flower" / "a.png")
     with pytest.raises(ValueError, match="'Tall Flower' and 'tall flower' count as one name"):
         load(str(photos), "train")
     with pytest.raises(ValueError, match="--prompt_template has no effect here"):
-        load(str(drawings), "train", Ask(template="x"))
+        load(str(drawings), "train", Wording(template="x"))
 
 
 def test_what_is_held_out_depends_on_the_photographs_alone(drawings, tmp_path):
@@ -176,13 +179,15 @@ def test_what_is_held_out_depends_on_the_photographs_alone(drawings, tmp_path):
     photos = class_folders(expected, tmp_path / "photos")
     trained, held_out = splits_of(photos)
     assert len(held_out) == 4 and len({row.solution for row in held_out}) == 4
-    assert not {k for r in trained for k in r.keys} & {k for r in held_out for k in r.keys}
-    chosen = {row.keys for row in held_out}
+    assert not {k for r in trained for k in r.image_keys} & {
+        k for r in held_out for k in r.image_keys
+    }
+    chosen = {row.image_keys for row in held_out}
     for file in sorted(photos.rglob("*.png")):  # other names, and every photograph twice
         file.with_name(f"copy of {file.name}").write_bytes(file.read_bytes())
         file.rename(file.with_name(f"z{file.name}"))
     again, held_again = splits_of(photos)
-    assert {row.keys for row in held_again} == chosen and len(held_again) == 8
+    assert {row.image_keys for row in held_again} == chosen and len(held_again) == 8
     assert len(again) == 40
     assert len(splits_of(photos, test_share=0.5)[1]) == 24
     assert len(splits_of(photos, test_share=0.0)[1]) == 0
@@ -191,10 +196,10 @@ def test_what_is_held_out_depends_on_the_photographs_alone(drawings, tmp_path):
 
 def test_a_row_is_held_out_with_all_its_images():
     """Rows that share an image stay together, however long the chain."""
-    from data.rows import Rows
+    from data.rows import SplitRows
 
     table = [{"images": [bytes([i]), bytes([i + 1])], "problem": "p"} for i in range(6)]
-    rows = Rows([{**row, "solution": "s"} for row in table], None)
+    rows = SplitRows([{**row, "solution": "s"} for row in table], None)
     one, other = hold_out(rows, 0.2)
     assert (len(one), len(other)) == (6, 0), "one group, which stays to train on"
 
@@ -261,9 +266,9 @@ def test_names_that_count_as_one_are_those_of_the_reward(one, other):
 def test_a_template_must_be_one_that_can_be_filled(drawings, tmp_path):
     photos = str(class_folders(load(str(drawings), "train"), tmp_path / "photos"))
     with pytest.raises(ValueError, match="{class} is not filled; for this data set {classes} are"):
-        load(photos, "train", Ask(template="Is it {class}?"))
+        load(photos, "train", Wording(template="Is it {class}?"))
     with pytest.raises(ValueError, match="--prompt_template is empty"):
-        load(photos, "train", Ask(template=" "))
+        load(photos, "train", Wording(template=" "))
     flags = train_det.Config(dataset_name=str(drawings), absent_share=0.3)
     flags.given = frozenset({"absent_share"})
     with pytest.raises(ValueError, match="--absent_share has no effect here"):
@@ -275,7 +280,7 @@ def test_equal_images_in_both_splits_are_said(drawings, tmp_path):
     class_folders(expected, tmp_path / "photos" / "train")
     class_folders(expected.pick([0, 1, 2]), tmp_path / "photos" / "test")
     rows, _ = splits_of(tmp_path / "photos")
-    assert rows.said[-1] == "3 images are in both splits: what is held out is not new"
+    assert rows.notes[-1] == "3 images are in both splits: what is held out is not new"
 
 
 # ---- COCO ---------------------------------------------------------------------------------------
@@ -305,9 +310,9 @@ def annotated(folder, crowd=True):
 
 def test_an_annotation_file_is_a_row_for_each_category_in_an_image(tmp_path):
     annotated(tmp_path)
-    rows = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.4))
+    rows = load(str(tmp_path / "instances_val.json"), "train", Wording(absent_share=0.4))
     shown = [row for row in rows if "No Objects" not in row.solution]
-    assert [(row.place["image_id"], row.place["category"]) for row in shown] == [
+    assert [(row.coco["image_id"], row.coco["category"]) for row in shown] == [
         (50, "cat"),
         (51, "dog"),
         (52, "cat"),
@@ -316,30 +321,34 @@ def test_an_annotation_file_is_a_row_for_each_category_in_an_image(tmp_path):
         "<answer>[{'Position': [40, 30, 140, 90], 'Confidence': 1.0}, "
         "{'Position': [200, 150, 300, 250], 'Confidence': 1.0}]</answer>"
     )
-    absent = {(row.place["image_id"], row.place["category"]) for row in rows} - {
-        (row.place["image_id"], row.place["category"]) for row in shown
+    absent = {(row.coco["image_id"], row.coco["category"]) for row in rows} - {
+        (row.coco["image_id"], row.coco["category"]) for row in shown
     }
     assert absent == {(50, "dog"), (52, "dog")}, "cat is a crowd in 51, and nothing is an eel"
-    assert [line for line in rows.said if "crowd" in line or "eel" in line] == [
+    assert [line for line in rows.notes if "crowd" in line or "eel" in line] == [
         "1 crowd boxes are left out",
         "never asked for, as no box is of them: eel",
     ]
-    assert len(load(str(tmp_path), "train", Ask())) == 3
-    few = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.25))
+    assert len(load(str(tmp_path), "train", Wording())) == 3
+    few = load(str(tmp_path / "instances_val.json"), "train", Wording(absent_share=0.25))
     assert sum("No Objects" in row.solution for row in few) == 1, "a quarter of 4"
-    again = load(str(tmp_path / "instances_val.json"), "train", Ask(absent_share=0.4))
-    assert [row.place for row in again] == [row.place for row in rows]
+    again = load(str(tmp_path / "instances_val.json"), "train", Wording(absent_share=0.4))
+    assert [row.coco for row in again] == [row.coco for row in rows]
 
 
 @pytest.mark.parametrize("frame, form", [("thousandths", "Position"), ("resized", "bbox_2d")])
 def test_boxes_are_asked_for_as_the_family_was_taught(tmp_path, frame, form):
     annotated(tmp_path)
-    rows = load(str(tmp_path), "train", Ask(frame=frame, form=form))
-    assert rows.asks_in == frame and form in rows[0].problem and "category 'cat'" in rows[0].problem
+    rows = load(str(tmp_path), "train", Wording(frame=frame, form=form))
+    assert (
+        rows.asked_frame == frame
+        and form in rows[0].problem
+        and "category 'cat'" in rows[0].problem
+    )
     assert ("thousandths" in rows[0].problem) == (frame == "thousandths")
     with pytest.raises(ValueError, match="without {category} it does not say what to find"):
-        load(str(tmp_path), "train", Ask(template="Find it"))
-    asked = load(str(tmp_path), "train", Ask(template="Find {category} in {coordinates}"))
+        load(str(tmp_path), "train", Wording(template="Find it"))
+    asked = load(str(tmp_path), "train", Wording(template="Find {category} in {coordinates}"))
     assert asked[0].problem.startswith("Find cat in thousandths of the image")
 
 
@@ -361,7 +370,7 @@ def test_bad_annotations_are_named(tmp_path):
         "annotation 4 has the bbox [1, 2, 3]",
     ):
         assert found in str(error.value)
-    assert "1 boxes reach out of their image and are clipped to it" in rows.said
+    assert "1 boxes reach out of their image and are clipped to it" in rows.notes
     assert "'Position': [0, 0, 200, 150]" in rows[1].solution
     content["annotations"][0]["image_id"] = 77
     (tmp_path / "instances_val.json").write_text(json.dumps(content))
@@ -390,7 +399,7 @@ def test_what_annotations_cannot_be(tmp_path):
     file.write_text(json.dumps(whole | {"annotations": odd}))
     rows = load(str(file), "train")
     assert rows[0].solution.count("Position") == 2
-    assert "1 boxes are there twice, and are asked for once" in rows.said
+    assert "1 boxes are there twice, and are asked for once" in rows.notes
     data = data_of(Checked(rows), processor=Processor(DETECTION))
     task = train_det.read_task(train_det.Config(dataset_name="d"), data, [])
     answers = ["[{'Position': [100, 100, 350, 300], 'Confidence': 0.9}]"] * len(rows)
@@ -403,7 +412,7 @@ def answers_by_chance(rows, frames, seed=0) -> list[str]:
     for row in rows:
         (width, height), (across, down) = row.size, frames.answer(row)
         boxes = []
-        for known in [*row.place["annotations"], {"bbox": [5, 5, 50, 40]}]:
+        for known in [*row.coco["annotations"], {"bbox": [5, 5, 50, 40]}]:
             if draw_of.random() < 0.25:
                 continue
             x, y, w, h = known["bbox"]
@@ -446,7 +455,7 @@ def test_results_go_straight_into_anyone_s_cocoeval(tmp_path, held_out):
         truth = COCO(str(tmp_path / "instances_val.json"))
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         if held_out:
-            evaluation.params.imgIds = sorted({row.place["image_id"] for row in rows})
+            evaluation.params.imgIds = sorted({row.coco["image_id"] for row in rows})
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -475,8 +484,8 @@ def test_a_class_label_is_a_solution(drawings, tmp_path):
     assert ", ".join(names) in rows[0].problem
     trained, held_out = splits_of(tmp_path / "labels")
     assert (len(trained), len(held_out)) == (20, 4)
-    assert {row.keys for row in held_out} == {
-        row.keys for row in splits_of(class_folders(expected, tmp_path / "photos"))[1]
+    assert {row.image_keys for row in held_out} == {
+        row.image_keys for row in splits_of(class_folders(expected, tmp_path / "photos"))[1]
     }
 
 
@@ -503,7 +512,7 @@ def test_objects_with_boxes_are_what_a_coco_file_would_be(tmp_path, corners):
     expected = load(str(tmp_path / "coco"), "train")
     assert contents(found) == contents(expected)
     form = "two corners" if corners else "x, y, width, height"
-    assert found.said[-1] == f"boxes are taken to be {form}, in pixels"
+    assert found.notes[-1] == f"boxes are taken to be {form}, in pixels"
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -661,7 +670,7 @@ def test_real_photographs_train_in_every_form(tmp_path):
     coco_file(cards, tmp_path / "cards" / "train" / "_annotations.coco.json")
     coco_file(load(str(SHARED / "cards"), "test"), tmp_path / "cards/test/_annotations.coco.json")
     found = load(str(tmp_path / "cards"), "train")
-    assert [row.keys for row in found] == [row.keys for row in cards]
+    assert [row.image_keys for row in found] == [row.image_keys for row in cards]
     argv = [*few, "--dataset_name", str(tmp_path / "cards")]
     lines = train(tmp_path / "run cards", *argv, script=train_det)
     assert "eval/AP" in lines[0]

@@ -141,7 +141,7 @@ def test_rewards_ap_and_diagnosis_meet_in_the_frame_that_is_asked_for(
         found = train_det.hints(said([row], [text]), task)
         if frame != box_frame:
             assert found[0].startswith(f"read as {FRAMES[frame]}, ")
-            assert "would have earned an IoU reward of 1.00 in place of 0.0" in found[0]
+            assert "would have earned an IoU reward of 1.00 instead of 0.0" in found[0]
     assert f"<answer>{train_det.truth(row, task)}</answer>" == task.solution(row)
     precision, results = average_precision([train_det.truth(row, task)], rows, task.frames)
     assert precision["eval/AP"] == pytest.approx(1)

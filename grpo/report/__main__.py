@@ -15,10 +15,11 @@ from grpo.report.read import read_run
 
 
 def write(folders: list[Path], output: Path | None) -> Path:
-    """Writes the page of the runs, whole or not at all. output: its path, None for the usual one.
+    """Writes the report of one run, or the comparison of several; never half a page.
 
-    Returns the path. Raises UserError if a folder is no run's or is damaged, or the page cannot
-    be written.
+    output: the path; None for report.html in the run's folder, or comparison.html in the current
+    one. Returns the path. Raises UserError if a folder is no run's or is damaged, or the page
+    cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)

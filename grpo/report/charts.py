@@ -1,6 +1,6 @@
-"""The curves of a report, as data: which metrics stand in which chart, sampled, with their texts.
+"""The curves of a report as data: which metrics each chart has, sampled, and its texts.
 
-page.js draws them with Plotly. docs/metrics.md defines every metric.
+Not here: drawing (page.js, with Plotly), and what a metric means (docs/metrics.md).
 """
 
 import fnmatch
@@ -26,21 +26,23 @@ CHARTS = (
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
 NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
-# Of several runs: a chart for each metric, a line for each run.
+# Of several runs: a chart for each metric, a line for each run. Pattern, unit, moving mean.
 COMPARED = (
-    *(("", "", "", (pattern,), True) for pattern in ("reward", "rewards/*/mean")),
-    ("", "", "", ("eval/*",), False),
-    *(("", "", unit, (name,), False) for name, unit in (("kl", "nats"), ("entropy", "nats"))),
-    ("", "", "tokens", ("completions/mean_length",), False),
-    ("", "", "", ("grad_norm",), False),
-    ("", "", "s", ("step_time",), False),
-    ("", "", "GB", ("memory/training_gb",), False),
+    ("reward", "", True),
+    ("rewards/*/mean", "", True),
+    ("eval/*", "", False),
+    ("kl", "nats", False),
+    ("entropy", "nats", False),
+    ("completions/mean_length", "tokens", False),
+    ("grad_norm", "", False),
+    ("step_time", "s", False),
+    ("memory/training_gb", "GB", False),
 )
 
 
 @dataclass(frozen=True)
 class Series:
-    """The values of one metric: `x` steps, `y` values (None where there is none)."""
+    """The values of one metric: `x` steps, `y` values, None for one that was not finite."""
 
     x: list[int]
     y: list[float | None]
@@ -64,17 +66,21 @@ def logged_names(runs: list[RunRecord]) -> list[str]:
 
 
 def names_like(logged: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """Those of the metrics that fit a pattern and are to be drawn."""
-    fit = [n for pattern in patterns for n in logged if fnmatch.fnmatchcase(n, pattern)]
-    drawn = [n for n in fit if not any(fnmatch.fnmatchcase(n, gone) for gone in NOT_DRAWN)]
+    """Those of the logged metrics that match a pattern and none of NOT_DRAWN."""
+
+    def matches(name: str, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern)
+
+    names = [name for pattern in patterns for name in logged if matches(name, pattern)]
+    drawn = [name for name in names if not any(matches(name, hidden) for hidden in NOT_DRAWN)]
     return list(dict.fromkeys(drawn))
 
 
 def short_name(name: str) -> str:
     """A metric's name without what the title of its chart says already."""
-    for before, after in (("rewards/", "/mean"), ("time/", "_s"), ("memory/", "_gb")):
-        if name.startswith(before) and name.endswith(after):
-            return name.removeprefix(before).removesuffix(after)
+    for prefix, suffix in (("rewards/", "/mean"), ("time/", "_s"), ("memory/", "_gb")):
+        if name.startswith(prefix) and name.endswith(suffix):
+            return name.removeprefix(prefix).removesuffix(suffix)
     return name.removeprefix("eval/").removeprefix("parse_failures/")
 
 
@@ -86,49 +92,52 @@ def charts_of(run: RunRecord) -> list[dict]:
             _line(short_name(name), series_of(run, name), smooth, name.startswith("eval/"), color)
             for color, name in enumerate(names_like(logged, patterns))
         ]
-        if key == "failures":  # six reasons, of which most runs never see three
+        if key == "failures":  # most runs never see three of the six reasons
             lines = [line for line in lines if any(line["y"])]
         charts.append(_chart(key, title, unit, lines, _marks(run)))
     return [chart for chart in charts if chart["lines"]]
 
 
 def compared_charts(runs: list[RunRecord], names: list[str]) -> list[dict]:
-    """The charts of several runs, called `names`: a line for each of them."""
+    """The charts of several runs, a line for each run. names: of the runs."""
     charts, logged = [], logged_names(runs)
-    for _, _, unit, patterns, smooth in COMPARED:
-        for name in names_like(logged, patterns):
+    for pattern, unit, smooth in COMPARED:
+        for metric in names_like(logged, (pattern,)):
             lines = [
-                _line(called, series_of(run, name), smooth, name.startswith("eval/"), color)
-                for color, (run, called) in enumerate(zip(runs, names, strict=True))
+                _line(name, series_of(run, metric), smooth, metric.startswith("eval/"), color)
+                for color, (run, name) in enumerate(zip(runs, names, strict=True))
             ]
-            charts.append(_chart(f"m{len(charts)}", name, unit, lines, []))
+            charts.append(_chart(f"m{len(charts)}", metric, unit, lines, []))
     return charts
 
 
 def _marks(run: RunRecord) -> list[dict]:
-    """Where findings of the diagnosis stand: their steps and numbers."""
-    numbers: dict[int, list[str]] = {}
+    """Steps at which the diagnosis found something, each with the numbers of its findings."""
+    by_step: dict[int, list[str]] = {}
     for number, (step, _) in enumerate(run.findings, 1):
-        numbers.setdefault(step, []).append(str(number))
-    return [
-        {"x": step, "text": ", ".join(found) if len(found) < 4 else f"{found[0]} to {found[-1]}"}
-        for step, found in numbers.items()
-    ]
+        by_step.setdefault(step, []).append(str(number))
+
+    def text(numbers: list[str]) -> str:
+        return ", ".join(numbers) if len(numbers) < 4 else f"{numbers[0]} to {numbers[-1]}"
+
+    return [{"x": step, "text": text(numbers)} for step, numbers in by_step.items()]
 
 
 def _line(name: str, series: Series, smooth: bool, points: bool, color: int) -> dict:
-    kept = extremes(series.y)
+    """A line of a chart, for page.js. smooth: with a moving mean. points: with a dot for each
+    value. color: its number; a run has the same one in all charts."""
+    shown = extremes(series.y)
     window = max(5, len(series.y) // 20)
     means = trailing_mean(series.y, window) if smooth and len(series.y) > 2 * window else []
     return {
         "name": name,
-        "x": [series.x[i] for i in kept],
-        "y": [_rounded(series.y[i]) for i in kept],
-        "mean": [_rounded(means[i]) for i in kept] if means else [],
+        "x": [series.x[i] for i in shown],
+        "y": [_rounded(series.y[i]) for i in shown],
+        "mean": [_rounded(means[i]) for i in shown] if means else [],
         "window": window if means else 0,
         "points": points,
         "of": len(series.y),
-        "color": color,  # its number: a run has the same in all charts
+        "color": color,
     }
 
 
@@ -154,7 +163,7 @@ def _chart(key: str, title: str, unit: str, lines: list[dict], marks: list[dict]
 
 
 def _in_words(line: dict) -> str:
-    """A curve for those who do not see it."""
+    """A curve in words, for people who cannot see it."""
     known = [(x, y) for x, y in zip(line["x"], line["y"], strict=True) if y is not None]
     (first, begin), (last, end) = known[0], known[-1]
     low, high = min(y for _, y in known), max(y for _, y in known)

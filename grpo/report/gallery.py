@@ -1,4 +1,4 @@
-"""The rows and groups that a report shows, with their pictures, ready for the template."""
+"""The held-out rows and the training groups that a report shows, ready for the template."""
 
 from grpo.report.pictures import Album, class_of, draw, has_boxes
 from grpo.report.read import Completions, RunRecord
@@ -8,10 +8,13 @@ LETTERS_OF_A_CARD = 1000  # of each of its texts
 
 
 class Gallery:
-    """Held-out rows, worst and most changed first, `CARDS` of `count` at most.
+    """Held-out rows, worst and most changed first: a card each, at most `CARDS`. Empty without an
+    evaluation.
 
-    first, last: steps of the two evaluations, the same if there was one only. classes: of the rows
-    that are shown. term: the reward that says what is right; least: above which value it is.
+    count: of all held-out rows. first, last: steps of the two evaluations, the same if there was
+    one only. classes: of the rows that are shown. boxes: whether answers are boxes. term: the
+    reward that decides whether an answer is right; least: the value that it must exceed (boxes) or
+    reach. without_frames: whether boxes cannot be drawn, as the run did not write their frame.
     """
 
     def __init__(self, run: RunRecord, album: Album):
@@ -21,8 +24,8 @@ class Gallery:
         if not evaluations or not evaluations[-1][1]:
             return
         (self.first, before), (self.last, after) = evaluations[0], evaluations[-1]
-        one = next(iter(after.values()))
-        self.term, self.boxes = next(iter(one["rewards"])), has_boxes(one["truth"])
+        record = next(iter(after.values()))
+        self.term, self.boxes = next(iter(record["rewards"])), has_boxes(record["truth"])
         self.least = run.config.get("iou_threshold", 0.5) if self.boxes else 1
         self.without_frames = self.boxes and not run.frames
         before = before if self.first != self.last else {}
@@ -82,9 +85,9 @@ class Gallery:
 
 
 def training_groups(run: RunRecord, completions: Completions, album: Album) -> list[dict]:
-    """Groups of completions, evenly over the run, in the order of the steps."""
+    """Some groups of completions, spread evenly over the run, in the order of the steps."""
     picked = pick_groups(completions.groups)
-    found = []
+    groups = []
     for step, prompt in picked:
         records = completions.group(step, prompt)
         shown = records[:SAMPLES]
@@ -99,7 +102,7 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
                 drawn += draw(kind, record["answer"], picture, run.frames, str(number))
         rewards = [record["reward"] or 0.0 for record in records]
         largest = max(abs(record["advantage"] or 0.0) for record in records) or 1.0
-        found.append({
+        groups.append({
             "step": step,
             "prompt": prompt,
             "row": index,
@@ -127,4 +130,4 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
                 for number, record in enumerate(shown)
             ],
         })  # fmt: skip
-    return found
+    return groups

@@ -1,8 +1,8 @@
 """A report's HTML: one file that needs no network, safe whatever a model wrote.
 
-Every text that goes into the page passes `visible` and jinja's escaping, without exception: the
-template marks nothing as safe but this package's own script and style and Plotly's. A content
-security policy names their hashes, so that nothing else could run.
+Every text in the page has passed `visible` and jinja's escaping. The only exceptions are this
+package's own script and style and Plotly's, which are marked as safe; a content security policy
+with their hashes keeps anything else from running.
 """
 
 import base64
@@ -23,8 +23,8 @@ from grpo.report.read import Completions, RunRecord
 HERE = Path(__file__).resolve().parent
 FINDINGS = 30  # of the diagnosis, in full
 RESULTS = 80  # lines of the table of held-out results
-# Control characters, what turns the direction of a line, lone surrogates, what breaks lines of
-# JavaScript: all invisible, some able to disorder a page or to be no UTF-8.
+# Control characters, marks of writing direction, lone surrogates, JavaScript's line separators: all
+# invisible; some can garble a page, some cannot be written as UTF-8.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff"
     "\ufeff\ufff9-\uffff]"
@@ -37,7 +37,7 @@ def visible(value):
         return ""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return _INVISIBLE.sub(lambda found: _escape(ord(found[0])), value)
+    return _INVISIBLE.sub(lambda match: _escape(ord(match[0])), value)
 
 
 def _escape(code: int) -> str:
@@ -46,7 +46,7 @@ def _escape(code: int) -> str:
 
 def run_page(run: RunRecord) -> str:
     """The report of one run. Raises UserError if a file of the run is damaged."""
-    album = Album(run.config, run.ask)
+    album = Album(run.config, run.wording)
     gallery = Gallery(run, album)
     completions = Completions(run.folder / "completions.jsonl")
     groups = training_groups(run, completions, album)
@@ -94,20 +94,20 @@ def comparison_page(runs: list[RunRecord]) -> str:
 
 
 def headline(run: RunRecord) -> list[dict]:
-    """What counts most, before and after: held-out means of the terms and AP, and the reward."""
-    less = ("mean_length", "clipped_ratio")
-    found = [line for line in results(run) if "/" not in line["name"] and line["name"] not in less]
+    """The main results, before and after: held-out means of the terms and AP, and the reward."""
+    minor = ("mean_length", "clipped_ratio")
+    lines = [line for line in results(run) if "/" not in line["name"] and line["name"] not in minor]
     rewards = [(line["step"], line.get("reward")) for line in run.training]
     rewards = [(step, value) for step, value in rewards if value is not None]
     if rewards:
         (first, before), (last, after) = rewards[0], rewards[-1]
         ends = {"before": before, "after": after, "first": first, "last": last}
-        found.append({"name": "reward", "kind": "training", **ends})
-    return found
+        lines.append({"name": "reward", "kind": "training", **ends})
+    return lines
 
 
 def results(run: RunRecord) -> list[dict]:
-    """Held-out results of the first and the last evaluation; nothing before the first."""
+    """Held-out results of the first and the last evaluation; none without an evaluation."""
     if not run.evaluations:
         return []
     first, last = run.evaluations[0], run.evaluations[-1]
@@ -148,7 +148,7 @@ def _render(**content) -> str:
 
 
 def number(value) -> str:
-    """A number as people read it: 4 digits, and small ones not as 0."""
+    """A number as people read it: 3 decimals, or 4 digits where that would show 0 or too many."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "" if value is None else str(value)
     if isinstance(value, int):

@@ -1,6 +1,7 @@
 """The images of a run's data set as thumbnails, and boxes on them.
 
-The data set may be gone, or its images unreadable: then there is no picture, and `notes` says why.
+If the data set is gone, or an image cannot be read, there is no picture, and `Album.notes` says
+why.
 """
 
 import base64
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data.ask import Ask
 from data.errors import UserError
 from data.images import open_image
 from data.load import read_splits
-from data.rows import Example
+from data.rows import Row
+from data.wording import Wording
 from rewards.boxes import Box, four_numbers, parse_boxes, solution_kind
 from rewards.coco import category
 from rewards.frames import frame_of
@@ -25,8 +26,11 @@ BYTES = 2_500_000  # of all thumbnails of a report, as data URIs
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail: a data URI, the width and height at which it is shown (its longest side is
-    LONGEST_SIDE; a smaller image is shown larger), and those of the whole image, in pixels."""
+    """A thumbnail.
+
+    uri: a data URI. width, height: pixels at which it is shown; the longer is LONGEST_SIDE, for a
+    smaller image too. size: (width, height) of the original image, pixels.
+    """
 
     uri: str
     width: int
@@ -51,19 +55,21 @@ class Drawn:
 
 
 class Album:
-    """The rows of a run's data set and their thumbnails, `limit` bytes of data URIs at most.
+    """The rows of a run's data set and their thumbnails.
 
-    notes: why rows or images are missing, each once.
+    config: the run's flags. wording: how its prompts were worded (`Wording` as a dict), None if it
+    did not say. limit: bytes of all data URIs at most. notes: why rows or images are missing, each
+    reason once.
     """
 
-    def __init__(self, config: dict, ask: dict | None = None, limit: int = BYTES):
+    def __init__(self, config: dict, wording: dict | None = None, limit: int = BYTES):
         self.config, self.left, self.notes = config, limit, []
-        self.ask = Ask(**ask) if ask else Ask()
-        self._splits: tuple[Sequence[Example], Sequence[Example]] | None = None
+        self.wording = Wording(**wording) if wording else Wording()
+        self._splits: tuple[Sequence[Row], Sequence[Row]] | None = None
         self._pictures: dict[tuple[bool, int], Picture | None] = {}
 
-    def row(self, held_out: bool, index: int) -> Example | None:
-        """Row `index` of those held out, or of those to train on; None if it is not there."""
+    def row(self, held_out: bool, index: int) -> Row | None:
+        """A held-out row, or one to train on, by its index; None if the data set lacks it."""
         if self._splits is None:
             flag = self.config.get
             try:
@@ -72,7 +78,7 @@ class Album:
                     train_split=flag("dataset_train_split") or "train",
                     test_split=flag("dataset_test_split"),
                     test_share=flag("test_share"),
-                    ask=self.ask,
+                    wording=self.wording,
                 )
             except UserError as error:
                 self._splits = ((), ())
@@ -90,7 +96,7 @@ class Album:
             self._pictures[held_out, index] = self._thumbnail(self.row(held_out, index))
         return self._pictures[held_out, index]
 
-    def _thumbnail(self, row: Example | None) -> Picture | None:
+    def _thumbnail(self, row: Row | None) -> Picture | None:
         if row is None or not row.images:
             return None
         try:
@@ -109,7 +115,7 @@ class Album:
             self._note("some images are left out, to keep this file small")
             return None
         self.left -= len(uri)
-        return Picture(uri, *shown, size)
+        return Picture(uri, width=shown[0], height=shown[1], size=size)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -117,11 +123,13 @@ class Album:
 
 
 def read_answer(text: str | None, frame: tuple[float, float]) -> tuple[Box, ...]:
-    """The boxes of an answer or a truth, of detection or of grounding; what is no box is none."""
+    """The legal boxes of an answer or a truth, of detection or of grounding. frame: (width, height)
+    that its numbers count in."""
     boxes = parse_boxes(text or "", frame).boxes
     numbers = None if boxes else four_numbers(text or "")
-    if numbers and numbers[0] < numbers[2] and numbers[1] < numbers[3]:
-        boxes = (Box(*numbers),)
+    if numbers:
+        x1, y1, x2, y2 = numbers
+        boxes = (Box(x1, y1, x2, y2),) if x1 < x2 and y1 < y2 else ()
     return boxes
 
 
@@ -130,7 +138,8 @@ def draw(
 ) -> list[Drawn]:
     """The boxes of an answer on a thumbnail; none without a picture or frames.
 
-    label: written on each box; None writes its confidence.
+    kind: as in `Drawn`. frames: as `RunRecord.frames`. label: written on each box; None writes its
+    confidence.
     """
     frame = picture and frames and frame_of(frames, picture.size)
     if not frame:
@@ -139,17 +148,17 @@ def draw(
     return [
         Drawn(
             kind,
-            round(box.x1 * across, 1),
-            round(box.y1 * down, 1),
-            round((box.x2 - box.x1) * across, 1),
-            round((box.y2 - box.y1) * down, 1),
-            f"{box.confidence:.2f}" if label is None else label,
+            x=round(box.x1 * across, 1),
+            y=round(box.y1 * down, 1),
+            width=round((box.x2 - box.x1) * across, 1),
+            height=round((box.y2 - box.y1) * down, 1),
+            label=f"{box.confidence:.2f}" if label is None else label,
         )
         for box in read_answer(text, frame)
     ]
 
 
-def class_of(record: dict, row: Example | None, boxes: bool) -> str:
+def class_of(record: dict, row: Row | None, boxes: bool) -> str:
     """What a row asks about: the true class, or for boxes the category in the problem."""
     if not boxes:
         return record["truth"]
@@ -157,4 +166,5 @@ def class_of(record: dict, row: Example | None, boxes: bool) -> str:
 
 
 def has_boxes(truth: str) -> bool:
+    """Whether a true answer is boxes, of detection or of grounding."""
     return solution_kind(truth) != "class"

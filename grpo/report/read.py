@@ -1,8 +1,8 @@
-"""What a run's folder holds, read while the run goes on or long after.
+"""Reads a run's folder, while the run goes on or long after.
 
-A last line that is cut (the run is writing it, or was killed) is left out. Anything else that is no
-line of this trainer is a UserError that names the file and the line. Nothing here needs the data
-set, and nothing is written.
+A last line that is incomplete (the run is writing it, or was killed) is left out. Any other line
+that this trainer cannot have written is a UserError that names the file and the line. Not here: the
+data set (grpo/report/pictures.py); and nothing is written.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import yaml
 from data.errors import UserError
 
 _GROUP = re.compile(rb'\{"step": (\d+), "prompt": (\d+), "sample": \d+, ')  # as folder.py writes it
-_KINDS = {  # what stands under a name; a number that was not finite is None
+_TYPES = {  # of a record's values; a number that was not finite is None
     "step": int,
     "row": int,
     "truth": str,
@@ -32,13 +32,14 @@ _KINDS = {  # what stands under a name; a number that was not finite is None
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its folder tells it.
+    """A run as its folder shows it.
 
-    config: flag -> value, config_text: the file itself. training: a line of metrics.jsonl per step.
-    evaluations: a line per held-out evaluation. findings: (step, text) of diagnosis.txt. steps: how
-    many the run wants, None if it did not say. frames: what coordinates in answers count
-    (rewards/frames.py), and ask: how prompts were worded (data/ask.py); None if the run did not
-    say. status: "finished", "running", "stopped", or "evaluated" where nothing was trained.
+    config: flag -> value; config_text: the text of config.yaml. training, evaluations: the lines of
+    metrics.jsonl for each step, and for each held-out evaluation. findings: (step, text) of
+    diagnosis.txt. steps: how many the run is to have. frames: what coordinates in answers count, as
+    `Frames.described` wrote it (rewards/frames.py). wording: how prompts were worded, a `Wording`
+    as a dict (data/wording.py). The last three are None if the folder does not say. status:
+    "finished", "running", "stopped", or "evaluated" if nothing was trained.
     """
 
     folder: Path
@@ -49,7 +50,7 @@ class RunRecord:
     findings: list[tuple[int, str]]
     steps: int | None
     frames: dict | None
-    ask: dict | None
+    wording: dict | None
     status: str
 
     @property
@@ -62,19 +63,19 @@ class RunRecord:
         return self.training[-1]["step"] if self.training else 0
 
     def answers(self) -> list[tuple[int, dict[int, dict]]]:
-        """(step, row -> record) of the first and the last evaluation whose answers are there; one
-        or none if there are no two."""
-        there = [
+        """(step, row number -> record) of the first and the last evaluation whose eval-<step>.jsonl
+        exists; fewer if there are no two."""
+        steps = [
             line["step"]
             for line in self.evaluations
             if (self.folder / f"eval-{line['step']}.jsonl").is_file()
         ]
         needed = ("row", "truth", "answer", "completion", "rewards", "reward", "tokens")
-        found = []
-        for step in dict.fromkeys(there[:1] + there[-1:]):
+        answers = []
+        for step in dict.fromkeys(steps[:1] + steps[-1:]):
             lines = read_lines(self.folder / f"eval-{step}.jsonl", needed)
-            found.append((step, {line["row"]: line for line in lines}))
-        return found
+            answers.append((step, {line["row"]: line for line in lines}))
+        return answers
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -91,42 +92,43 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder / 'config.yaml'}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: holds no `flag: value` lines")
-    lines = read_lines(folder / "metrics.jsonl", ("step",))
-    evaluated = [any(name.startswith("eval/") for name in line) for line in lines]
-    training = [line for line, held_out in zip(lines, evaluated, strict=True) if not held_out]
+    training, evaluations = [], []
+    for line in read_lines(folder / "metrics.jsonl", ("step",)):
+        is_evaluation = any(name.startswith("eval/") for name in line)
+        (evaluations if is_evaluation else training).append(line)
     about = _read_about(folder / "run.json")
     steps = about.get("steps") or config.get("max_steps")
     steps = steps if isinstance(steps, int) else None
     done = training[-1]["step"] if training else 0
     return RunRecord(
-        folder,
-        config,
-        text,
-        training,
-        [line for line, held_out in zip(lines, evaluated, strict=True) if held_out],
-        read_findings(folder / "diagnosis.txt"),
-        steps,
-        about.get("frames"),
-        about.get("ask"),
-        "evaluated" if config.get("eval_only") else _status(folder, done, steps),
+        folder=folder,
+        config=config,
+        config_text=text,
+        training=training,
+        evaluations=evaluations,
+        findings=read_findings(folder / "diagnosis.txt"),
+        steps=steps,
+        frames=about.get("frames"),
+        wording=about.get("ask"),
+        status="evaluated" if config.get("eval_only") else _status(folder, done, steps),
     )
 
 
 def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file, each with the names `needed`; without a last line that is cut.
+    """The objects of a JSONL file, each with the keys `needed`; without an incomplete last line.
 
     Raises UserError naming the file and the line for anything else.
     """
-    found = []
+    objects = []
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
-        if number == len(lines):  # what comes after the last newline is not written to its end
+        if number == len(lines):  # after the last newline: empty, or a line not yet complete
             break
-        found.append(_object(line, needed, f"{path}, line {number}"))
-    return found
+        objects.append(_object(line, needed, f"{path}, line {number}"))
+    return objects
 
 
 def _object(line: bytes, needed: tuple[str, ...], where: str) -> dict:
@@ -137,7 +139,7 @@ def _object(line: bytes, needed: tuple[str, ...], where: str) -> dict:
     if not isinstance(value, dict) or any(name not in value for name in needed):
         raise UserError(f"{where}: damaged, no object with {', '.join(needed)}")
     for name in needed:
-        if not isinstance(value[name], _KINDS[name]):
+        if not isinstance(value[name], _TYPES[name]):
             raise UserError(f"{where}: damaged, {name} is {str(value[name])[:80]!r}")
     return value
 
@@ -159,15 +161,16 @@ def _read_about(path: Path) -> dict:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    kinds = {"steps": int, "frames": dict | None}
+    types = {"steps": int, "frames": dict | None}
     if not isinstance(about, dict) or any(
-        not isinstance(about.get(name), kind) for name, kind in kinds.items()
+        not isinstance(about.get(name), type_) for name, type_ in types.items()
     ):
-        raise UserError(f"{path}: damaged, no object with {', '.join(kinds)}")
+        raise UserError(f"{path}: damaged, no object with {', '.join(types)}")
     return about
 
 
 def _status(folder: Path, done: int, steps: int | None) -> str:
+    """done: steps so far; steps: how many the run is to have."""
     if (folder / "final").is_dir() and done >= (steps or 0):
         return "finished"
     try:  # a run holds .lock while it lives
@@ -181,27 +184,31 @@ def _status(folder: Path, done: int, steps: int | None) -> str:
 
 
 class Completions:
-    """completions.jsonl by groups. It can be large: it is scanned once, and only the groups that
-    are asked for are parsed."""
+    """The groups of completions.jsonl. The file can be large: it is scanned once for where each
+    group is, and only the groups that are asked for are parsed.
+
+    Raises UserError for a line that is no completion.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._bytes: dict[tuple[int, int], tuple[int, int]] = {}  # (step, prompt) -> start, end
         if path.is_file():
             for group, start, end in self._scan():
-                first = self._bytes.get(group, (start, end))[0]
-                self._bytes[group] = (first, end)
+                begin = self._bytes.get(group, (start, end))[0]
+                self._bytes[group] = (begin, end)
 
     def _scan(self) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """((step, prompt), first byte, end) of each line."""
         start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):  # cut
+                if not line.endswith(b"\n"):  # incomplete
                     return
-                found = _GROUP.match(line)
-                if not found:
+                match = _GROUP.match(line)
+                if not match:
                     raise UserError(f"{self.path}, line {number}: damaged, not a completion")
-                yield (int(found[1]), int(found[2])), start, start + len(line)
+                yield (int(match[1]), int(match[2])), start, start + len(line)
                 start += len(line)
 
     @property

@@ -1,4 +1,4 @@
-"""What a report shows of a long run: some steps, some held-out rows, some groups."""
+"""Which steps, held-out rows and groups of a long run a report shows."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ LETTERS = 500_000  # of all completions of all groups
 
 def evenly(count: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 to count - 1 at even distances, the first and the last among them;
-    all of them if there are no more."""
+    all of them if count <= wanted."""
     if count <= wanted:
         return list(range(count))
     if wanted == 1:
@@ -20,37 +20,37 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def extremes(values: Sequence[float | None], points: int = POINTS) -> list[int]:
-    """Indexes of at most about `points` values that show a curve: the first, the last, and of each
-    stretch of equal length the lowest and the highest. So no spike is lost, and each value shown is
-    one that was logged. All indexes if there are no more than `points`."""
+    """Indices of about `points` values that show a curve: the first, the last, and of each of many
+    stretches of equal length the lowest and the highest. So no spike is lost, and each value shown
+    is one that was logged. All indices if there are no more than `points`."""
     if len(values) <= points:
         return list(range(len(values)))
     stretches = max(1, points // 2 - 1)
-    kept = {0, len(values) - 1}
+    chosen = {0, len(values) - 1}
     for number in range(stretches):
         start, end = (i * len(values) // stretches for i in (number, number + 1))
         known = [i for i in range(start, end) if values[i] is not None]
         if known:
-            kept |= {min(known, key=values.__getitem__), max(known, key=values.__getitem__)}
-    return sorted(kept)
+            chosen |= {min(known, key=values.__getitem__), max(known, key=values.__getitem__)}
+    return sorted(chosen)
 
 
 def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """For each value the mean of the last `window` ones up to it, None where there is none."""
+    """For each index the mean of the last `window` values up to it, None if all of them are."""
     means, total, known = [], 0.0, 0
     for index, value in enumerate(values):
         if value is not None:
             total, known = total + value, known + 1
-        gone = values[index - window] if index >= window else None
-        if gone is not None:
-            total, known = total - gone, known - 1
+        leaving = values[index - window] if index >= window else None
+        if leaving is not None:
+            total, known = total - leaving, known - 1
         means.append(total / known if known else None)
     return means
 
 
 def pick_groups(groups: list[tuple[int, int]], wanted: int = GROUPS) -> list[tuple[int, int]]:
-    """`wanted` of the groups (step, prompt), spread evenly over the steps; from step to step the
-    next prompt, so that not only the first of each step is seen."""
+    """At most `wanted` of the groups (step, prompt), spread evenly over the steps. From step to step
+    another prompt is taken, not always the first."""
     by_step: dict[int, list[tuple[int, int]]] = {}
     for step, prompt in groups:
         by_step.setdefault(step, []).append((step, prompt))
@@ -68,8 +68,8 @@ def pick_groups(groups: list[tuple[int, int]], wanted: int = GROUPS) -> list[tup
 
 
 def rank_rows(before: dict[int, float], after: dict[int, float]) -> list[int]:
-    """The rows, worst and most changed first: in turns the lowest value now, and the largest
-    change since before. Equal ones by their number."""
+    """All rows, worst and most changed first: in turns the one with the lowest value in `after` and
+    the one with the largest change since `before`. Ties by the row's number."""
     worst = sorted(after, key=lambda row: (after[row], row))
     changed = sorted(after, key=lambda row: (-abs(after[row] - before.get(row, after[row])), row))
     turns = [row for pair in zip(worst, changed, strict=True) for row in pair]
@@ -77,7 +77,7 @@ def rank_rows(before: dict[int, float], after: dict[int, float]) -> list[int]:
 
 
 def shortened(text: str | None, letters: int) -> str | None:
-    """The text, or its beginning and how much is left out."""
+    """The text, or its first `letters` characters and how many are left out."""
     if text is None or len(text) <= letters:
         return text
     return f"{text[:letters]} ... ({len(text) - letters:,} more characters)"

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data.check import load_splits
-from data.rows import Example, Rows
+from data.rows import Row, SplitRows
 from grpo.engine.ranks import Ranks
 from models.config import QwenVLConfig
 from models.load import check_checkpoint, find_folder
@@ -21,8 +21,8 @@ class Data:
     vision tower. lengths: tokens of each prompt of both splits, once the rows are checked.
     """
 
-    rows: Rows
-    held_out: Rows
+    rows: SplitRows
+    held_out: SplitRows
     processor: Processor
     folder: Path
     sizes: tuple[QwenVLConfig, int, int]
@@ -30,11 +30,11 @@ class Data:
     lengths: list[int] = field(default_factory=list)
 
     @property
-    def splits(self) -> tuple[Rows, Rows]:
+    def splits(self) -> tuple[SplitRows, SplitRows]:
         return self.rows, self.held_out
 
     @cached_property
-    def eval_rows(self) -> list[Example]:
+    def eval_rows(self) -> list[Row]:
         """The held-out rows that evaluations take: the first --eval_samples."""
         return self.held_out.first(self.eval_samples)
 

@@ -48,4 +48,4 @@ def about(steps: int, rows, held_out, task) -> dict:
     answers count, how prompts were worded."""
     sizes = chain((of_row[0] for of_row in rows.sizes), (row.size for row in held_out))
     frames = task.frames.described(sizes) if task.frames else None
-    return {"steps": steps, "frames": frames, "ask": asdict(rows.ask)}
+    return {"steps": steps, "frames": frames, "ask": asdict(rows.wording)}

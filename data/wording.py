@@ -1,6 +1,7 @@
-"""The prompts of data sets that have none: photographs in class folders, label columns, COCO files.
+"""Prompts for data sets that have none: photographs in class folders, label columns, COCO files.
 
-The model's family decides how boxes are asked for: in what coordinates, and in what form.
+The model's family decides how boxes are asked for: in what coordinates, and in what form. Not here:
+prompts that a data set brings along, which are never changed.
 """
 
 import re
@@ -35,13 +36,14 @@ EXAMPLES = {
 
 
 @dataclass(frozen=True)
-class Ask:
-    """How prompts are worded.
+class Wording:
+    """How prompts are worded, and two choices that go with it for boxes.
 
-    template: replaces the wording; {classes} in it becomes the list of classes, {category} what to
-    find, {coordinates} what a box's numbers count. frame: a key of COORDINATES. form: of EXAMPLES.
-    absent_share: of the rows that ask for a category which the image does not show. corners:
-    whether boxes of `objects` are two corners; None guesses.
+    template: --prompt_template, in place of CLASS or BOXES; {classes} in it becomes the list of
+    classes, {category} what to find, {coordinates} what a box's numbers count, {example} a list of
+    boxes. frame: a key of COORDINATES. form: a key of EXAMPLES. absent_share: --absent_share, the
+    share of rows that ask for a category which the image does not show. corners: whether boxes of a
+    column `objects` are two corners; None guesses.
     """
 
     template: str | None = None
@@ -51,7 +53,10 @@ class Ask:
     corners: bool | None = None
 
     def class_problem(self, classes: Sequence[str]) -> str:
-        """Which of the classes does the image show? Few classes are listed, many are not."""
+        """The question which of the classes an image shows; lists them if they are at most LISTED.
+
+        Raises UserError for a template with a placeholder that is not filled.
+        """
         names = ", ".join(classes)
         if self.template is not None:
             self._check_template({"classes"})
@@ -60,8 +65,11 @@ class Ask:
         return CLASS.replace("{choice}", choice)
 
     def boxes_problem(self, category: str) -> str:
-        """Where in the image are objects of the category? Raises UserError for a template that
-        does not name it."""
+        """The question where in an image objects of the category are.
+
+        Raises UserError for a template without {category}, or with a placeholder that is not
+        filled.
+        """
         if self.template is not None:
             self._check_template({"category", "coordinates", "example"})
             if "{category}" not in self.template:
@@ -88,8 +96,8 @@ class Ask:
 def check_names(names: Sequence[str], where: str) -> None:
     """Raises UserError if a class or category has no name, or if an answer could not tell two of
     them apart: case, spaces, dashes, underscores, quotes and a full stop make no difference, as in
-    rewards/cls.py."""
-    seen: dict[str, str] = {}
+    rewards/cls.py. where: the file or column, for the message."""
+    seen: dict[str, str] = {}  # as compared -> as written
     for name in names:
         plain = unicodedata.normalize("NFKC", name).casefold()
         plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip(" \"'").rstrip(".,;:!?\"' ")
