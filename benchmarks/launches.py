@@ -1,6 +1,6 @@
 """Operations that each phase of a step launches, its waits for the device, and a prediction.
 
-    REHEARSAL/python benchmarks/launches.py --family qwen2_vl --json FILE
+    FOLDER/python benchmarks/launches.py --family qwen2_vl --json FILE
     python -m benchmarks.launches --predict "Qwen2-VL 2B" "Qwen2.5-VL 7B"
 
 The first needs the emulated device that CONTRIBUTING.md describes: a random model of the published
@@ -151,7 +151,7 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
         optimizer, tally = Optimizer(model, 0.0, optim=name), Tally(settings)
         for parts in (1, 2) if not meta else (0,):  # parts: chunks of the head
             with inside() as count:
-                train(model, packs, tally, tokens // parts if parts else None)
+                train(model, packs, tally, settings, tokens // parts if parts else None)
             yield f"training, {name}" + ", two chunks" * (parts == 2), count
             if parts == 1:
                 optimizer.step(1e-6, 1.0)  # the first makes moments

@@ -43,7 +43,7 @@ class Twin:
             self.script.read_task(self.config, self.data, argv),
         )
         weights = named_weights(self.script.score, self.rows[0], task, self.config)
-        self.task = replace(task, weights=weights)
+        self.task = replace(task, reward_weights=weights)
         self.model, self.reference = (load_model(self.folder, torch.float32, "cpu") for _ in "12")
         self.model.frozen_vision = self.reference.frozen_vision = False
         self.optimizer = Optimizer(self.model, self.config.weight_decay)
@@ -111,7 +111,7 @@ class Twin:
         Nothing is suppressed here: the peer's log-probs know all tokens."""
         config, ids = self.config, self.latest["ids"]
         pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
-        weights = self.task.weights
+        weights = self.task.reward_weights
         earned = [[weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
         shape, groups = (-1, config.num_generations), []
         for first in range(0, len(ids), config.num_generations):

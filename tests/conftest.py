@@ -1,6 +1,7 @@
 """What every test shares: one cache of checked images, signal handlers put back, short runs."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,11 @@ import grpo.run.run
 import train_det
 from tests.peer import NORMS
 from tests.runs import SHORT, train
+
+
+def pytest_addoption(parser):
+    what = "also run what needs the emulated CUDA device that tests/emulated_gpu/setup FOLDER made"
+    parser.addoption("--emulated-gpu", type=Path, metavar="FOLDER", help=what)
 
 
 @pytest.fixture(scope="session", autouse=True)

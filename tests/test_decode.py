@@ -191,7 +191,8 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_replayed_steps_draw_what_launched_ones_draw(family):
-    """As tests/test_rehearsal.py, on a device: the cache grows, weights and their copies change."""
+    """As tests/emulated_gpu/test_decoding.py, on a device: the cache grows, weights and their
+    copies change."""
     model = tiny_model(family_config(family), torch.float32).to("cuda", torch.bfloat16)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
     graphs = Graphs(model)

@@ -36,6 +36,7 @@ def test_modules_and_flags_that_are_named_exist(page):
     )
     ours = set(re.findall(r"^    (\w+): .*= flag\(", code, flags=re.MULTILINE))
     ours |= set(re.findall(r'"--(\w+)"', code)) | {"help", "config"}
+    ours |= set(re.findall(r"^\+    (\w+): .*= flag\(", text, flags=re.MULTILINE))  # of a diff
     others = {
         "nproc_per_node",
         "nnodes",
@@ -44,7 +45,7 @@ def test_modules_and_flags_that_are_named_exist(page):
         "max_restarts",
     }  # torchrun
     others |= {"shutdown", "no", "target"}  # --shutdown-timeout, pip's --no-deps and --target
-    others |= {"git"}  # a diff's first line
+    others |= {"git", "emulated"}  # a diff's first line, pytest's --emulated-gpu
     elsewhere = set(re.findall(r'^    "(\w+)": "', code, flags=re.MULTILINE))
     for name in re.findall(r"--([a-z]\w+)", text):
         known = ours | others | (elsewhere if page.name == "from-visual-rft.md" else set())

@@ -289,6 +289,28 @@ def test_packs_hold_every_completion_once_and_keep_to_the_limit(tokens_per_pack)
         assert pack.targets.tolist() == expected
 
 
+def test_scored_log_probs_travel_with_their_groups():
+    """However the groups are packed later; and none may lack old log-probs that others have."""
+    model = tiny_model(tiny_config())
+    groups = rollout(model)
+    for pack in make_packs(groups, 60):
+        with torch.no_grad():
+            logps = pack_logps(model, pack, SAMPLING.temperature)
+        pack.store("ref_logps", logps)
+        pack.store("old_logps", logps - 1)
+        assert pack.ref_logps is logps
+    (whole,) = make_packs(groups[::-1], 10_000)
+    with torch.no_grad():
+        expected = pack_logps(model, whole, SAMPLING.temperature)
+    torch.testing.assert_close(whole.ref_logps, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(whole.old_logps, expected - 1, atol=1e-9, rtol=0)
+    groups[0].ref_logps = None
+    assert make_packs(groups, 10_000)[0].ref_logps is None, "a step scores them all"
+    groups[0].old_logps = None
+    with pytest.raises(AssertionError, match="some groups have no old_logps"):
+        make_packs(groups, 10_000)
+
+
 def test_sampled_log_probs_equal_training_log_probs():
     model = tiny_model(tiny_config())
     groups = rollout(model)

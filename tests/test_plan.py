@@ -56,7 +56,7 @@ def held_after_forward(model, pack) -> int:
 
 
 def hidden_states(model, pack):
-    inputs = pack.input_ids, pack.position_ids, model.bounds(pack.rows), pack.prompts
+    inputs = pack.input_ids, pack.position_ids, model.bounds(pack.segments), pack.prompts
     return model.hidden_states(*inputs, read=pack.predicts)
 
 

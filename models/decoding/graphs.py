@@ -73,15 +73,11 @@ class Graphs(Decoding):
         if graph := self._graphs.get((key, shapes)):
             graph.replay()
             return kept
-        before = [tensor.clone() for tensor in kept.tensors]
         function(kept)  # launched: it loads kernels and makes handles, which no capture may
-        after = [tensor.clone() for tensor in kept.tensors]
-        _set(kept, before)  # for the emulation, which executes what it captures
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function(kept)
+            function(kept)  # captured, not executed
         self._graphs[key, shapes] = graph
-        _set(kept, after)
         return kept
 
 

@@ -1,4 +1,4 @@
-"""Run on the emulated device by tests/test_rehearsal.py: prints what it found as JSON.
+"""Run on the emulated device by test_decoding.py: prints what it found as JSON.
 
 For each family, and with adapters: operations and waits of a decoded token, for two depths; and
 whether captured steps draw what the same steps draw operation by operation, before and after the
@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 

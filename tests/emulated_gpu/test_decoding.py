@@ -1,30 +1,19 @@
-"""What a GPU is asked to do for a token, on the emulated device that CONTRIBUTING.md tells of.
-
-    REHEARSE=FOLDER pytest tests/test_rehearsal.py
-
-FOLDER/python runs a script on that device. Skipped where it is not there.
-"""
+"""What a GPU is asked to do for a token, counted on the emulated device."""
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
-FOLDER = os.environ.get("REHEARSE")
-pytestmark = pytest.mark.skipif(not FOLDER, reason="needs the emulated device: REHEARSE=FOLDER")
-CASES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_vl with adapters")
-ROOT = Path(__file__).resolve().parent.parent
+from models.families import FAMILIES
+from tests.runs import ROOT
+
+CASES = (*FAMILIES, "qwen2_5_vl with adapters")
 
 
 @pytest.fixture(scope="module")
-def found():
-    command = [Path(FOLDER) / "python", ROOT / "tests" / "rehearsed.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def found(start):
+    said = start("python", ROOT / "tests" / "emulated_gpu" / "decoding.py")
+    return json.loads(said.splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", CASES)
