@@ -21,7 +21,7 @@ from grpo.engine.adamw import (
     EightBitMoment,
     LightAdamW,
     Noise,
-    table,
+    code_values,
 )
 from grpo.engine.load import load_models
 from grpo.engine.optimizer import OPTIMIZERS, Optimizer, total_norm
@@ -95,7 +95,7 @@ def test_eight_bits_are_those_of_bitsandbytes():
 
     for signed in (True, False):
         torch.testing.assert_close(
-            table(signed, CPU), create_dynamic_map(signed), rtol=1e-6, atol=0
+            code_values(signed, CPU), create_dynamic_map(signed), rtol=1e-6, atol=0
         )
     ours, theirs = Small(torch.float32), Small(torch.float32)
     optimizer = Optimizer(ours, 0.1, optim="adamw_8bit")
@@ -123,7 +123,7 @@ def test_a_number_is_stored_as_the_nearest_entry_of_its_block():
         for row in range(5):
             for block in (slice(0, 256), slice(256, 300)):
                 largest = here[row, block].abs().max()
-                distances = (here[row, block, None] - largest * table(signed, CPU)).abs()
+                distances = (here[row, block, None] - largest * code_values(signed, CPU)).abs()
                 apart = (found[row, block] - here[row, block]).abs()
                 torch.testing.assert_close(apart, distances.min(1).values, rtol=1e-4, atol=1e-9)
 

@@ -14,7 +14,8 @@ from demo.published import config_dict
 from grpo.engine.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
 from grpo.engine.ranks import Ranks
 from grpo.run import checkpoint
-from grpo.run.checkpoint import State, resume, save_checkpoint
+from grpo.run.checkpoint import State, save_checkpoint
+from grpo.run.resume import resume
 from tests.tiny import tiny_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -3,13 +3,13 @@
     m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
     w = (1 - rate decay) w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-(Loshchilov and Hutter 2019, algorithm 2.) The arithmetic is float32, on a few rows at a time; what
-is kept is rounded. An update of 1e-6 is far below the distance of two bf16 numbers: rounded to the
-nearest, a weight would never move. It is rounded up or down by chance, so that its expected value
-is exact (Gupta et al. 2015, section 3.1).
+(Loshchilov and Hutter 2019, algorithm 2.) The arithmetic is float32, on a slice of a matrix at a
+time; what is stored is rounded. An update of 1e-6 is far smaller than the distance between two bf16
+numbers: rounded to the nearest, a weight would never move. So weights are rounded stochastically,
+up or down with probabilities that make the expected value exact (Gupta et al. 2015, section 3.1).
 
 Bytes per number besides weight (2) and gradient (2): 4 with bf16 moments, 2.03 in 8 bits; with
-float32 masters and moments 12.
+float32 masters and moments 12. Not here: vectors, which have float32 masters (optimizer.py).
 """
 
 import functools
@@ -21,17 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo.engine.shard import local_rows
+from grpo.engine.shard import local_shard
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # PyTorch's
 # |m| <= LARGEST sqrt(v) whatever the gradients (Cauchy-Schwarz), unless v was rounded to 0
 LARGEST = (1 - BETA1) / ((1 - BETA2) * (1 - BETA1**2 / BETA2)) ** 0.5
-NUMBERS = 2**23  # that are worked on at once: 32 MB in float32
-BLOCK = 256  # numbers with one scale
+NUMBERS = 2**23  # of a matrix that are updated at once: 32 MB in float32
+BLOCK = 256  # numbers that share a scale
 
 
 class Bf16Moment:
-    """A moment (rows, columns) in bf16, rounded by chance: to the nearest, v would never decay."""
+    """A moment (rows, columns) in bf16, rounded stochastically: rounded to the nearest, v would
+    never decay."""
 
     def __init__(self, weight: Tensor, columns: int, signed: bool, device: torch.device | None):
         self.values = zeros_beside(weight, columns, torch.bfloat16, device)
@@ -40,21 +41,22 @@ class Bf16Moment:
         return {"": self.values}
 
     def load(self, rows: slice, device: torch.device) -> Tensor:
-        return local_rows(self.values)[0][rows].to(device, torch.float32)
+        return local_shard(self.values)[0][rows].to(device, torch.float32)
 
     def store(self, rows: slice, value: Tensor, noise: "Noise") -> None:
-        local_rows(self.values)[0][rows].copy_(noise.rounded(value, torch.bfloat16))
+        local_shard(self.values)[0][rows].copy_(noise.rounded(value, torch.bfloat16))
 
 
 class EightBitMoment:
-    """A moment (rows, columns) as one byte a number: an entry of `table`, times the largest number
-    of its block of 256 (Dettmers et al. 2021, sections 2.1 and 2.2).
+    """A moment (rows, columns) in one byte a number: the index of an entry of `code_values`. The
+    number is that entry times the largest number of its block of 256 (Dettmers et al. 2021,
+    sections 2.1 and 2.2).
 
-    v is kept as its root, unlike in the paper: the table ends at 3e-7 of the largest number, and
-    where v is rounded to 0 and m is not the update is wrong (docs/LOG.md has numbers). A block lies
-    within one row, of which the last is filled up with zeros: blocks are then the same for any
-    number of ranks. Codes are bytes, held as float8 because the writer of checkpoints knows
-    floating point only.
+    Unlike in the paper the root of v is stored: the smallest entry is 3e-7, and where v is rounded
+    to 0 and m is not the update is wrong (docs/LOG.md has numbers). A block lies within one row of
+    the matrix, whose last block is padded with zeros: blocks are then the same for any number of
+    ranks. Codes are bytes, held as float8 because the writer of checkpoints knows floating point
+    only.
     """
 
     def __init__(self, weight: Tensor, columns: int, signed: bool, device: torch.device | None):
@@ -67,8 +69,8 @@ class EightBitMoment:
         return {".codes": self.codes, ".scales": self.scales}
 
     def load(self, rows: slice, device: torch.device) -> Tensor:
-        codes, scales = (local_rows(t)[0][rows].to(device) for t in (self.codes, self.scales))
-        values = table(self.signed, device)[codes.view(torch.uint8).int()]
+        codes, scales = (local_shard(t)[0][rows].to(device) for t in (self.codes, self.scales))
+        values = code_values(self.signed, device)[codes.view(torch.uint8).int()]
         values.unflatten(1, (-1, BLOCK)).mul_(scales[:, :, None])
         values = values[:, : self.columns]
         return values if self.signed else values.square_()
@@ -78,30 +80,30 @@ class EightBitMoment:
         blocks = F.pad(value, (0, self.padding)).unflatten(1, (-1, BLOCK))
         scales = blocks.abs().amax(2)
         shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-        borders = middles(self.signed, value.device)
+        borders = code_borders(self.signed, value.device)
         codes = torch.bucketize(shares.flatten(1), borders, out_int32=True)
-        local_rows(self.codes)[0][rows].view(torch.uint8).copy_(codes)
-        local_rows(self.scales)[0][rows].copy_(scales)
+        local_shard(self.codes)[0][rows].view(torch.uint8).copy_(codes)
+        local_shard(self.scales)[0][rows].copy_(scales)
 
 
 @functools.cache
-def table(signed: bool, device: torch.device) -> Tensor:
-    """The 256 numbers that a code can mean, in order, (256,) float32 (Dettmers et al. 2021, section
-    1.3, dynamic tree quantization): 0, 1 and seven decades, each divided twice as finely as the one
-    below it."""
+def code_values(signed: bool, device: torch.device) -> Tensor:
+    """The number that each code stands for, ascending, (256,) float32: 0, 1 and seven decades, each
+    divided twice as finely as the one below it (dynamic tree quantization; Dettmers et al. 2021,
+    section 1.3)."""
     decades = []
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2 ** (i + (not signed)) + 1)
         decades.append(10.0 ** (i - 6) * (edges[1:] + edges[:-1]) / 2)
     positive = torch.cat(decades)
-    others = [-positive] if signed else []
-    return torch.cat([*others, positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+    negative = [-positive] if signed else []
+    return torch.cat([*negative, positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
 
 
 @functools.cache
-def middles(signed: bool, device: torch.device) -> Tensor:
-    """Between which numbers of `table` a code is the nearest, (255,) float32."""
-    entries = table(signed, device)
+def code_borders(signed: bool, device: torch.device) -> Tensor:
+    """The midpoints between neighbours of `code_values`, (255,) float32."""
+    entries = code_values(signed, device)
     return (entries[1:] + entries[:-1]) / 2
 
 
@@ -113,43 +115,49 @@ MOMENTS = {"adamw_anyprecision": Bf16Moment, "adamw_8bit": EightBitMoment}
 def zeros_beside(
     weight: Tensor, columns: int, dtype: torch.dtype, device: torch.device | None
 ) -> Tensor:
-    """Zeros (rows of `weight`, columns), sharded as it is, else on `device` (None: its own)."""
-    local = local_rows(weight.detach())[0]
-    device = device or local.device
+    """Zeros (len(weight), columns), sharded as `weight` is. device: None is the weight's own."""
+    shard = local_shard(weight.detach())[0]
+    device = device or shard.device
     if not isinstance(weight, DTensor):
-        return torch.zeros(len(local), columns, dtype=dtype, device=device)
+        return torch.zeros(len(shard), columns, dtype=dtype, device=device)
     # on meta first: `from_local` moves what is not on the mesh's device, as with --cpu_offload
-    part = torch.empty(len(local), columns, dtype=dtype, device="meta")
-    place, shape = (weight.device_mesh, weight.placements), torch.Size((len(weight), columns))
-    whole = DTensor.from_local(part, *place, run_check=False, shape=shape, stride=(columns, 1))
-    return torch.zeros_like(whole, device=device)
+    empty = DTensor.from_local(
+        torch.empty(len(shard), columns, dtype=dtype, device="meta"),
+        device_mesh=weight.device_mesh,
+        placements=weight.placements,
+        run_check=False,
+        shape=torch.Size((len(weight), columns)),
+        stride=(columns, 1),
+    )
+    return torch.zeros_like(empty, device=device)
 
 
 class Noise:
-    """Random bits for rounding `count` numbers of a tensor, from the number `first` on.
+    """Random bits for rounding the numbers `first` to `first + count - 1` of a tensor.
 
-    Those of number i are the i-th of SplitMix64 (Steele et al. 2014, figure 16) seeded by `key`:
-    whichever rank or device asks, and however many at a time.
+    Number i gets the i-th output of SplitMix64 (Steele et al. 2014, figure 16) seeded by `key`, on
+    any rank and device, and however many are asked for at a time.
     """
 
     def __init__(self, key: str, first: int, count: int, device: torch.device):
-        self.key, self.place, self.used = key, (first, first + count, device), 0
+        self.key, self.first, self.count, self.device = key, first, count, device
+        self.used = 0  # how many times 16 of the 64 bits have been used
 
     @functools.cached_property
     def bits(self) -> Tensor:
         """(count,) int64."""
-        first, end, device = self.place
+        start, end = self.first + 1, self.first + self.count + 1
         seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big", signed=True)
-        z = torch.arange(first + 1, end + 1, device=device).mul_(-0x61C8864680B583EB).add_(seed)
+        z = torch.arange(start, end, device=self.device).mul_(-0x61C8864680B583EB).add_(seed)
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
         return z
 
     def rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """A float32 value in `dtype`; bf16 is one of its two neighbours, the nearer the likelier.
+        """A float32 tensor in `dtype`; to bf16 it is rounded stochastically.
 
-        bf16 is float32 without its last 16 bits: a random number below 2^16 is added to these
-        before they are dropped. For up to four values, each with bits of its own.
+        bf16 is float32 without its last 16 bits: a random number below 2^16 is added before they
+        are dropped. Works for up to four tensors, each with 16 bits of its own.
         """
         if dtype != torch.bfloat16:
             return value
@@ -160,10 +168,10 @@ class Noise:
 
 
 class LightAdamW:
-    """AdamW on matrices that are their own masters; moments of the kind that `optim` names.
+    """AdamW on matrices without float32 masters, with the moments that `optim` names (MOMENTS).
 
-    weights: name -> parameter, sharded or not, of two dimensions or more. device: of the moments;
-    None is the weights' own.
+    weights: name -> parameter, sharded or not, of two dimensions or more. seed: of the stochastic
+    rounding. device: of the moments; None is the weights' own.
     """
 
     def __init__(
@@ -179,15 +187,15 @@ class LightAdamW:
         self.state = {
             name: [kind(w, math.prod(w.shape[1:]), signed, device) for signed in (True, False)]
             for name, w in weights.items()
-        }
+        }  # m is signed, v is not
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the moments, by name."""
+        """The moments' tensors by the names that they have in a checkpoint."""
         return {
-            f"{moment}.{name}{part}": tensor
+            f"{kind}.{name}{part}": tensor
             for name, moments in self.state.items()
-            for moment, kept in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
-            for part, tensor in kept.tensors().items()
+            for kind, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+            for part, tensor in moment.tensors().items()
         }
 
     @torch.no_grad()
@@ -197,17 +205,17 @@ class LightAdamW:
         update: its number, from 1 on; it decides the random numbers.
         """
         for name, weight in self.weights.items():
-            rows = local_rows(weight.detach())[0].flatten(1).shape
-            at_once = max(1, NUMBERS // rows[1])
-            for start in range(0, rows[0], at_once):
-                part = slice(start, min(start + at_once, rows[0]))
+            rows, columns = local_shard(weight.detach())[0].flatten(1).shape
+            at_once = max(1, NUMBERS // columns)
+            for start in range(0, rows, at_once):
+                part = slice(start, min(start + at_once, rows))
                 self._update(name, part, rate, update, scale)
 
     def _update(self, name: str, rows: slice, rate: float, update: int, scale: float) -> None:
-        """`step` of some rows of a weight's own shard."""
+        """`step` for some rows of this rank's shard of a weight."""
         weight, (m, v) = self.weights[name], self.state[name]
-        w, g = (local_rows(t.detach())[0].flatten(1) for t in (weight, weight.grad))
-        first, columns = local_rows(weight.detach())[1], w.shape[1]
+        w, g = (local_shard(t.detach())[0].flatten(1) for t in (weight, weight.grad))
+        first, columns = local_shard(weight.detach())[1], w.shape[1]
         key, count = f"{self.seed}/{update}/{name}", (rows.stop - rows.start) * columns
         noise = Noise(key, (first + rows.start) * columns, count, w.device)
         gradient = g[rows].float() * scale

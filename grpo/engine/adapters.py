@@ -1,4 +1,7 @@
-"""What --use_peft and its flags mean."""
+"""The LoRA adapters that --use_peft and its flags ask for.
+
+Not here: layers with adapters and their files (models/lora.py).
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +13,8 @@ from models.lora import LoRA, read_adapter
 def lora_of(config) -> LoRA | None:
     """The adapters that --use_peft trains; None without it.
 
-    Raises UserError for an --adapter_name_or_path that cannot be used, and for flags that say
-    otherwise than it does.
+    Raises UserError for an --adapter_name_or_path that cannot be used, and for flags that
+    contradict it.
     """
     if config.lora_dropout:
         raise UserError(
@@ -22,9 +25,13 @@ def lora_of(config) -> LoRA | None:
         return None
     folder = config.adapter_name_or_path
     if folder is None:
-        targets = tuple(config.lora_target_modules or ())
-        base = config.model_name_or_path
-        lora = LoRA(config.lora_r, config.lora_alpha, targets, config.use_rslora, base)
+        lora = LoRA(
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=tuple(config.lora_target_modules or ()),
+            use_rslora=config.use_rslora,
+            base=config.model_name_or_path,
+        )
     else:
         lora = _named_adapter(config, Path(folder))
     if lora.in_tower and config.freeze_vision:
@@ -43,15 +50,15 @@ def _named_adapter(config, folder: Path) -> LoRA:
         )
     adapter = read_adapter(folder)
     flags = {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora}
-    for name, there in flags.items():
-        asked, default = getattr(config, name), type(config).__dataclass_fields__[name].default
-        # a run's own config.yaml names every flag: a default is no wish
-        if name in config.given and asked not in (there, default):
-            raise UserError(f"--{name} {asked}: the adapter in {folder} has {there}; leave it out")
+    for name, value in flags.items():
+        given, default = getattr(config, name), type(config).__dataclass_fields__[name].default
+        # a run's own config.yaml names every flag, so a default need not be what the user wants
+        if name in config.given and given not in (value, default):
+            raise UserError(f"--{name} {given}: the adapter in {folder} has {value}; leave it out")
     return replace(adapter, base=config.model_name_or_path)
 
 
 def vision_is_frozen(config) -> bool:
-    """Whether the vision tower stays as it is: by --freeze_vision, or as it has no adapters."""
+    """Whether the vision tower is not trained: by --freeze_vision, or as it has no adapters."""
     lora = lora_of(config)
     return config.freeze_vision or (lora is not None and not lora.in_tower)

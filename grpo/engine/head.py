@@ -13,22 +13,24 @@ With p = softmax(z), z = W h / temperature, target t, entropy H and g = dL / dlo
     dL / dW_t    += g (1 - p_t) h / temperature
     dL / dW_v    -= g p_v h / temperature, v != t
 
-1 - p_t is the others' share of the sum, to one part in 10^7 of 1. If the loss also has a gradient
-e = dL / dH, then dH / dz_v = -p_v (log p_v + H), and p_v becomes, in both products,
+1 - p_t is the other tokens' share of the sum, with an absolute error of about 1e-7. If the loss
+also has a gradient e = dL / dH, then dH / dz_v = -p_v (log p_v + H), and both products take
 
     c_v           = p_v (g + e (log p_v + H)) = -dL / dz_v, v != t
     dL / dz_t     = sum of c_v over v != t
 
-which is a product more (the slope cannot be used) and one buffer more.
+instead of p_v. That costs another product (the slope cannot be used) and another buffer. Not here:
+which tokens are scored (grpo/logps.py).
 """
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MAX_LOGITS = 2**25  # that exist at once: 128 MB in float32; on a GPU twice as many
+MAX_LOGITS = 2**25  # logits that exist at once: 128 MB in float32; on a GPU twice as many
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -39,10 +41,12 @@ class _TokenLogps(torch.autograd.Function):
         buffers = _Buffers(weight, min(chunk, len(hidden)))
         logps, slopes = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logp, *softmax = _softmax(h, weight, t, temperature, suppressed, buffers, entropies)
+            logp, softmax = _softmax(
+                h, weight, t, temperature, suppressed, buffers, for_products=entropies
+            )
             logps.append(logp)
             if entropies:
-                slopes.append(_slope(weight, t, *softmax))
+                slopes.append(_slope(weight, t, softmax))
         logps = torch.cat(logps)
         if not entropies:
             return logps, None
@@ -69,13 +73,13 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 h, t, g = hidden[part], targets[part], grad[part]
-                _, *softmax = _softmax(h, weight, t, temperature, suppressed, buffers)
+                _, softmax = _softmax(h, weight, t, temperature, suppressed, buffers)
                 if grad_entropy is not None:
-                    softmax = _with_entropy(*softmax[1:], g, grad_entropy[part], buffers)
-                    parts.append(_slope(weight, t, *softmax) / temperature)
+                    softmax = _with_entropy(softmax, g, grad_entropy[part], buffers)
+                    parts.append(_slope(weight, t, softmax) / temperature)
                     g = torch.ones_like(g)
                 if grad_weight is not None:
-                    _add_grad_weight(grad_weight, h, t, g / temperature, *softmax)
+                    _add_grad_weight(grad_weight, h, t, g / temperature, softmax)
             if parts:
                 grad_hidden = torch.cat(parts).to(hidden.dtype)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -83,15 +87,17 @@ class _TokenLogps(torch.autograd.Function):
 
 
 class _ChunkLogps(torch.autograd.Function):
-    """One chunk; its probabilities stay in `buffers` until its backward pass, which adds the
-    weight's gradient to `grad_weight` (None if the weight is frozen)."""
+    """One chunk, whose probabilities stay in `buffers` until its backward pass.
+
+    The backward pass adds the weight's gradient to `grad_weight` (None if the weight is frozen).
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, suppressed, buffers, grad_weight):
-        logps, *softmax = _softmax(hidden, weight, targets, temperature, suppressed, buffers)
-        slope = _slope(weight, targets, *softmax)
+        logps, softmax = _softmax(hidden, weight, targets, temperature, suppressed, buffers)
+        slope = _slope(weight, targets, softmax)
         entropy = _entropy(hidden, logps, slope, temperature)
-        # Saved as tensors: torch then raises if the next chunk overwrote them before this backward.
+        # Saved as tensors, so that torch raises if the next chunk has overwritten the buffers.
         ctx.save_for_backward(hidden, weight, targets, slope, *softmax)
         ctx.settings = temperature, buffers, grad_weight
         ctx.set_materialize_grads(False)
@@ -99,24 +105,26 @@ class _ChunkLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_entropy):
-        hidden, weight, targets, slope, *softmax = ctx.saved_tensors
+        hidden, weight, targets, slope, others, rest, total = ctx.saved_tensors
+        softmax = _Softmax(others, rest, total)
         temperature, buffers, grad_weight = ctx.settings
-        ctx.settings = temperature, None, None  # what holds on to the loss must not keep them alive
+        ctx.settings = temperature, None, None  # a loss that someone keeps must not keep buffers
         grad = torch.zeros_like(slope[:, 0]) if grad is None else grad
         if grad_entropy is not None:
-            softmax = _with_entropy(*softmax[1:], grad, grad_entropy, buffers)
-            slope, grad = _slope(weight, targets, *softmax), torch.ones_like(grad)
+            softmax = _with_entropy(softmax, grad, grad_entropy, buffers)
+            slope, grad = _slope(weight, targets, softmax), torch.ones_like(grad)
         grad = grad / temperature
         if grad_weight is not None:
-            _add_grad_weight(grad_weight, hidden, targets, grad, *softmax)
+            _add_grad_weight(grad_weight, hidden, targets, grad, softmax)
         return (slope * grad[:, None]).to(hidden.dtype), *[None] * 6
 
 
 class _Buffers:
-    """Memory for every chunk, (chunk, V): fresh memory costs as much again as what is computed.
+    """Memory that all chunks use in turn, (chunk, V) each: allocating it for each chunk would take
+    as long as the arithmetic.
 
-    logits: in float32 at least. products: in the weight's dtype, the same memory if that is wide
-    enough. more: as logits, made when first asked for.
+    logits: float32 or wider. products: in the weight's dtype; the same memory if that is wide
+    enough. second: like logits, allocated when first needed.
     """
 
     def __init__(self, weight: Tensor, chunk: int):
@@ -126,8 +134,20 @@ class _Buffers:
         self.logits = self.products if same else torch.empty_like(self.products, dtype=wide)
 
     @functools.cached_property
-    def more(self) -> Tensor:
+    def second(self) -> Tensor:
         return torch.empty_like(self.logits)
+
+
+class _Softmax(NamedTuple):
+    """A chunk's softmax before it is normalized, with the target apart.
+
+    others: (C, V), exp(logit - largest) of all tokens but the target, where it is 0. total: (C,),
+    the sum with the target's. rest: (C,), total less the target's.
+    """
+
+    others: Tensor
+    rest: Tensor
+    total: Tensor
 
 
 def _softmax(
@@ -137,14 +157,13 @@ def _softmax(
     temperature: float,
     suppressed: Tensor | None,
     buffers: _Buffers,
-    factors: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps (C,); exp(logit - largest) of all but the targets (C, V), written over `buffers`; what
-    these sum to (C,); and the sum with the target's (C,).
+    for_products: bool = True,
+) -> tuple[Tensor, _Softmax]:
+    """Log-probs of the targets, (C,) nats, and the softmax, which is in `buffers`.
 
-    factors: the second is wanted in the weight's dtype, for products.
+    for_products: `others` is wanted in the weight's dtype.
     """
-    logits, products = (b[: len(hidden)] for b in (buffers.logits, buffers.products))
+    logits, products = buffers.logits[: len(hidden)], buffers.products[: len(hidden)]
     scaled = torch.mm(hidden, weight.T, out=products)
     if temperature != 1.0:
         scaled = logits.copy_(products).div_(temperature)
@@ -156,13 +175,14 @@ def _softmax(
     shifted = shifted.squeeze(1)
     target = shifted.exp()
     total = others.sum(1) + target
-    if factors and products.dtype != others.dtype:
+    if for_products and products.dtype != others.dtype:
         others = products.copy_(others)
-    return shifted - total.log(), others, total - target, total
+    return shifted - total.log(), _Softmax(others, total - target, total)
 
 
-def _slope(weight: Tensor, targets: Tensor, others: Tensor, rest: Tensor, total: Tensor) -> Tensor:
+def _slope(weight: Tensor, targets: Tensor, softmax: _Softmax) -> Tensor:
     """(C, D), see the module's text."""
+    others, rest, total = softmax
     expected = (others @ weight).to(total.dtype)
     return torch.addcmul(-expected, rest[:, None], weight[targets]) / total[:, None]
 
@@ -172,12 +192,15 @@ def _entropy(hidden: Tensor, logps: Tensor, slope: Tensor, temperature: float) -
 
 
 def _with_entropy(
-    rest: Tensor, total: Tensor, grad: Tensor, grad_entropy: Tensor, buffers: _Buffers
-) -> tuple[Tensor, Tensor, Tensor]:
-    """c_v in the place of p_v (see the module's text), of the chunk that is in `buffers`: c (C, V)
-    in the weight's dtype, its sum (C,) and 1, as `_softmax`'s last three. H comes from the logits
-    in full precision, not from slopes that bf16 has rounded."""
-    others, c = buffers.logits[: len(total)], buffers.more[: len(total)]
+    softmax: _Softmax, grad: Tensor, grad_entropy: Tensor, buffers: _Buffers
+) -> _Softmax:
+    """c_v instead of p_v (see the module's text), for the chunk that is in `buffers`.
+
+    others is then c (C, V) in the weight's dtype, rest its sum, total 1. H is computed from the
+    logits in full precision, not from slopes that bf16 has rounded.
+    """
+    _, rest, total = softmax
+    others, c = buffers.logits[: len(total)], buffers.second[: len(total)]
     torch.xlogy(others, others, out=c)
     target = total - rest
     entropy = total.log() - (c.sum(1) + torch.xlogy(target, target)) / total
@@ -185,20 +208,15 @@ def _with_entropy(
     c.addcmul_(others, (grad + grad_entropy * (entropy - total.log()))[:, None])
     c.div_(total[:, None])
     narrow = c if others.dtype == buffers.products.dtype else buffers.products[: len(c)].copy_(c)
-    return narrow, c.sum(1), torch.ones_like(total)
+    return _Softmax(narrow, c.sum(1), torch.ones_like(total))
 
 
 def _add_grad_weight(
-    grad_weight: Tensor,
-    hidden: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    others: Tensor,
-    rest: Tensor,
-    total: Tensor,
+    grad_weight: Tensor, hidden: Tensor, targets: Tensor, grad: Tensor, softmax: _Softmax
 ) -> None:
     """Adds dL / dW to grad_weight (V, D), in the logits' precision: bf16 would round every partial
     sum. grad: dL / dlogp / temperature, (C,)."""
+    others, rest, total = softmax
     scaled = hidden.to(total.dtype) * (grad / total)[:, None]
     if hidden.dtype == total.dtype:
         grad_weight.addmm_(others.T, scaled, alpha=-1)
@@ -208,10 +226,10 @@ def _add_grad_weight(
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
-    """Tokens whose logits exist at once: `MAX_LOGITS` numbers, but 64 tokens at least.
+    """How many tokens a chunk has: `MAX_LOGITS` logits, but at least 64 tokens and at most 1024.
 
-    Each chunk reads the head twice and adds to its gradient once, in float32. A GPU multiplies so
-    fast that this shows: there the chunks are twice as large.
+    Each chunk reads the head twice and adds to its float32 gradient once. Products are so fast on a
+    GPU that this would take a large part of the time: there chunks are twice as large.
     """
     most = MAX_LOGITS if device == "cpu" else 2 * MAX_LOGITS
     return min(1024, max(64, most // vocabulary))
@@ -226,18 +244,21 @@ def token_logps(
     chunk: int | None = None,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob (nats) of each target and entropy (nats) of each distribution.
+    """Log-prob of each target and entropy of each distribution, nats.
 
     hidden: (C, D), at the positions that predict the targets. weight: (V, D). targets: (C,) int64.
-    suppressed: int64 ids with probability 0, as in sampling. Returns (C,), (C,) in float32 (float64
-    for float64 inputs); gradients flow from both to hidden and weight. Where no gradient is wanted
-    the entropy is None unless `entropies` is true: it costs a product. Memory: a (chunk, V) buffer,
-    by default of `chunk_tokens` tokens, and another if the entropy has a gradient.
+    suppressed: int64 ids with probability 0, as in sampling. chunk: tokens, by default
+    `chunk_tokens`; memory is a (chunk, V) buffer, and another one if the entropy has a gradient.
+
+    Returns (C,) and (C,) in float32 (float64 for float64 inputs); gradients flow from both to
+    hidden and weight. Without a gradient the entropy is None unless `entropies` is true, as it
+    costs a product.
     """
     chunk = chunk or chunk_tokens(len(weight), weight.device.type)
     trained = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    inputs = hidden, weight, targets, temperature, suppressed, chunk
-    return _TokenLogps.apply(*inputs, trained or entropies)
+    return _TokenLogps.apply(
+        hidden, weight, targets, temperature, suppressed, chunk, trained or entropies
+    )
 
 
 def token_chunks(
@@ -248,29 +269,33 @@ def token_chunks(
     suppressed: Tensor | None = None,
     chunk: int | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(part, logps, entropy) of one chunk of tokens after another, as `token_logps` has them.
+    """Yields (part, logps, entropy) chunk by chunk; arguments and numbers as `token_logps`.
 
-    part: which tokens these are; logps and entropy: (c,). Call backward on each chunk's loss before
-    asking for the next; the gradient of hidden and weight follows once, after the last chunk, so
-    take them all.
+    part: which tokens these are; logps and entropy: (c,) nats. Call backward on each chunk's loss
+    before asking for the next. hidden and weight get their gradients once, after the last chunk, so
+    take all of them.
     """
     chunk = chunk or chunk_tokens(len(weight), weight.device.type)
     chunk = max(1, min(chunk, len(targets)))
     buffers = _Buffers(weight, chunk)
     trained = weight.requires_grad
     grad_weight = torch.zeros_like(weight, dtype=buffers.logits.dtype) if trained else None
-    inputs, grad_hidden = None, []
+    grad_hidden = []
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         leaf = hidden[part].detach().requires_grad_()
-        inputs = leaf, weight.detach(), targets[part], temperature, suppressed, buffers
-        yield part, *_ChunkLogps.apply(*inputs, grad_weight)
+        yield (
+            part,
+            *_ChunkLogps.apply(
+                leaf, weight.detach(), targets[part], temperature, suppressed, buffers, grad_weight
+            ),
+        )
         assert leaf.grad is not None, "call backward on this chunk's loss first"
         grad_hidden.append(leaf.grad)
-    inputs = buffers = None  # memory for the backward pass
-    if trained:  # first: a sharded model's gradients leave with the end of the other pass
+    buffers = None  # frees memory for the backward pass
+    if trained:  # before hidden's: at the end of that pass a sharded model reduces its gradients
         rounded = grad_weight.to(weight.dtype)
-        del grad_weight  # of the head's size in float32
+        del grad_weight  # float32, as large as the head
         weight.backward(rounded)
         del rounded
     if hidden.requires_grad:  # adds to the head's gradient in place if the head is tied

@@ -49,8 +49,8 @@ def trailing_mean(values: Sequence[float | None], window: int) -> list[float | N
 
 
 def pick_groups(groups: list[tuple[int, int]], wanted: int = GROUPS) -> list[tuple[int, int]]:
-    """At most `wanted` of the groups (step, prompt), spread evenly over the steps. Which prompt is
-    taken changes from step to step."""
+    """At most `wanted` of the groups (step, prompt), spread evenly over the steps. Each step shows
+    another prompt than the one before, not always the first."""
     by_step: dict[int, list[tuple[int, int]]] = {}
     for step, prompt in groups:
         by_step.setdefault(step, []).append((step, prompt))
