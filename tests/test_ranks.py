@@ -1,4 +1,4 @@
-"""Several ranks by torchrun and gloo: they compute what one computes, and none waits forever."""
+"""Several ranks, with gloo: they compute what one computes, and none waits forever."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tests.runs
 import train_cls
 from demo.published import save_model
 from grpo.engine.optimizer import Optimizer
@@ -16,21 +15,15 @@ from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
 from grpo.flags.combine import without_effect
 from grpo.run.clock import WHAT_TO_LOWER
+from grpo.run.exits import RANK_LOST
 from models.load import load_model
-from tests.ranks import SMALL, score, uneven_packs
-from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
+from tests import forked
+from tests.ranks import SMALL, in_turn, lost, score, uneven_packs
+from tests.runs import CHECKPOINT, read_lines, read_steps, timeless, torchrun
 from tests.tiny import family_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.slow
-
-
-def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
-    """`ranks` ranks that call these functions of tests/ranks.py one after the other."""
-    folder.mkdir(exist_ok=True)
-    (folder / "calls.json").write_text(json.dumps(calls))
-    command = ("-m", "tests.ranks", str(folder / "calls.json"))
-    return tests.runs.torchrun(ranks, *command, restarts=restarts)
 
 
 SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
@@ -78,8 +71,8 @@ def two(tmp_path_factory):
     calls.append(["agree", [str(folder)]])
     (folder / "rough").mkdir()
     calls.append(["rough", [str(folder / "rough")]])  # the last: it changes the directory
-    out = torchrun(2, folder, *calls)
-    assert out.returncode == 0, out.stderr[-4000:]
+    out = forked.ranks(2, folder, in_turn, calls)
+    assert out.codes == [0, 0], out.stderr[-4000:]
     return folder, out
 
 
@@ -106,8 +99,8 @@ def test_two_ranks_write_one_report(two):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    out = torchrun(4, folder, *gradient_calls(folder, 4))
-    assert out.returncode == 0, out.stderr[-4000:]
+    out = forked.ranks(4, folder, in_turn, gradient_calls(folder, 4))
+    assert out.codes == [0] * 4, out.stderr[-4000:]
     return folder
 
 
@@ -255,32 +248,46 @@ def test_one_rank_shows_the_progress_of_the_image_checks(two):
 @pytest.mark.parametrize("how, moment", [("stops", "training of step 2"), ("stops", "checks")])
 def test_a_stuck_rank_is_named(tmp_path, how, moment):
     """In the middle of a step, and before the first collective."""
-    out = torchrun(2, tmp_path, ["lost", [[[how, moment]], str(tmp_path / "run"), 5]])
-    assert out.returncode != 0
+    run = tmp_path / "run"
+    out = forked.ranks(2, tmp_path, lost, [[how, moment]], str(run), 5)
+    assert out.codes[0] == RANK_LOST
     said = f"rank 1 is dead or stuck in {moment}"
     assert "stopped: in " in out.stderr and said in out.stderr, out.stderr[-3000:]
-    assert "exitcode  : 4" in out.stderr or "exitcode: 4" in " ".join(out.stderr.split())
-    assert (tmp_path / "run" / "checkpoint-1" / "state.json").exists() == ("step" in moment)
-    assert "[rank0]:" not in out.stderr, "a traceback"
+    assert (run / "checkpoint-1" / "state.json").exists() == ("step" in moment)
+    assert "Traceback" not in out.stderr
+
+
+FAULTS = [
+    ["raises", "training of step 2"],
+    ["dies", "rollout of step 2"],
+    ["dies", "training of step 3"],
+]
+
+
+def test_a_run_that_lost_a_rank_is_resumed(tmp_path):
+    """Rank 1 fails by itself, dies in a rollout, dies in training: each is named, and the run is
+    resumed from its newest checkpoint until it is done."""
+    run = tmp_path / "run"
+    out = forked.ranks(2, tmp_path, lost, FAULTS, str(run), 10, restarts=3)
+    assert out.codes == [0, 0], out.stderr[-3000:]
+    assert "rank 1 left: a fault of rank 1" in out.stderr
+    for _, moment in FAULTS[1:]:
+        assert f"rank 1 is dead or stuck in {moment}" in out.stderr
+    assert out.stderr.count("Traceback") == 1, "one more than that of the fault"
+    assert "has no checkpoint to resume from yet" in out.stdout
+    assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
+    assert [line["step"] for line in read_steps(run)] == [*range(5)]
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
-    """Rank 1 fails by itself, dies in a rollout, dies in training: each is named, and the run is
-    resumed from its newest checkpoint until it is done."""
-    faults = [
-        ["raises", "training of step 2"],
-        ["dies", "rollout of step 2"],
-        ["dies", "training of step 3"],
-    ]
-    call = ["lost", [faults, str(tmp_path / "run"), 10]]
-    out = torchrun(2, tmp_path, call, restarts=3)
+    call = ["lost", [FAULTS[2:], str(tmp_path / "run"), 10]]
+    (tmp_path / "calls.json").write_text(json.dumps([call]))
+    out = torchrun(2, "-m", "tests.ranks", str(tmp_path / "calls.json"), restarts=1)
     assert out.returncode == 0, out.stderr[-3000:]
-    assert "rank 1 left: a fault of rank 1" in out.stderr
-    for _, moment in faults[1:]:
-        assert f"rank 1 is dead or stuck in {moment}" in out.stderr
+    assert "rank 1 is dead or stuck in training of step 3" in out.stderr
     assert "[rank0]:" not in out.stderr, "a traceback"
     assert "has no checkpoint to resume from yet" in out.stdout
-    assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
+    assert "checkpoint-2, step 2" in out.stdout
     assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(5)]
 
 
