@@ -178,7 +178,7 @@ def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
     Ranks.enter = watched
-    sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "4", *SMALL]
+    sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "3", *SMALL]
     sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
     train_cls.run_and_exit(train_cls.main)
 

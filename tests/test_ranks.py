@@ -26,10 +26,11 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.slow
 
 
-SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+SAME = ["--max_steps", "2", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+SAME += ["--warmup_ratio", "0"]
 EVALUATED = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
 EVALUATED += ["--eval_samples_per_prompt", "2"]
-ONE_STEP = ["--max_steps", "1", "--save_steps", "1", "--warmup_ratio", "0"]
+ONE_STEP = ["--max_steps", "1", "--save_steps", "1"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
     "two updates, many packs": ["--num_iterations", "2", "--tokens_per_pack", "120"],
@@ -41,15 +42,15 @@ CASES = {
         *("--top_entropy_quantile", "0.3", "--entropy_coef", "0.05", "--tokens_per_pack", "120"),
     ],
     "dynamic sampling": ["--dynamic_sampling"],
-    "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
+    "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "2"],
     "moments in 8 bits": ["--optim", "adamw_8bit"],
     "moments in bf16": ["--optim", "adamw_anyprecision", "--num_iterations", "2"],
     "weights in bf16": ["--optim", "adamw_8bit", "--bf16", "true", *ONE_STEP],
     "layers stay whole": ["--reshard_after_forward", "false"],
-    "copies": ["--shard_size", "1", "--save_steps", "3"],
+    "copies": ["--shard_size", "1", "--save_steps", "2"],
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
-RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
+RESUMED = ["--max_steps", "3", *SMALL, "--learning_rate", "1e-3", "--warmup_ratio", "0"]
 GRADIENTS = [(2, 2, "qwen2_vl", False), (2, 2, "qwen2_vl", True), (2, 2, "qwen2_5_vl", False)]
 GRADIENTS += [(2, 2, "qwen3_vl", True), (4, 4, "qwen2_vl", True), (4, 2, "qwen3_vl", False)]
 
@@ -59,10 +60,10 @@ def two(tmp_path_factory):
     """One pair of ranks that does what the tests below look at: the folder, and what it printed."""
     folder = tmp_path_factory.mktemp("two")
     calls = [["train", ["--output_dir", str(folder / n), *SAME, *CASES[n]]] for n in CASES]
-    # a run of one rank, cut after step 2, is resumed by two ranks
+    # a run of one rank, cut after step 1, is resumed by two ranks
     assert train_cls.main(["--output_dir", str(folder / "whole"), *RESUMED]) == 0
     shutil.copytree(folder / "whole", folder / "run")
-    for later in ("checkpoint-4", "checkpoint-6", "final"):
+    for later in ("checkpoint-2", "checkpoint-3", "final"):
         shutil.rmtree(folder / "run" / later)
     again = ["--output_dir", str(folder / "run"), "--resume_from_checkpoint", "auto"]
     calls.append(["train", again])
@@ -92,7 +93,7 @@ def test_evaluation_alone_is_the_same_on_two_ranks(two, plain, tmp_path):
 
 def test_two_ranks_write_one_report(two):
     folder, _ = two
-    assert "6 of 6 steps" in (folder / "run" / "report.html").read_text()
+    assert "3 of 3 steps" in (folder / "run" / "report.html").read_text()
     assert not (folder / "plain" / "report.html").exists()
 
 
@@ -115,13 +116,25 @@ def gradient_calls(folder: Path, world: int) -> list:
     return calls
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run folder of a case on one rank, by its name."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def run(name: str) -> Path:
+        flags = () if CASES[name][0] in SHARDING else tuple(CASES[name])
+        if flags not in made:
+            made[flags] = folder / name
+            assert train_cls.main(["--output_dir", str(made[flags]), *SAME, *flags]) == 0
+        return made[flags]
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_compute_what_one_computes(two, name, tmp_path):
+def test_two_ranks_compute_what_one_computes(two, alone, name):
     """Completions and rewards the same, numbers and weights to rounding, step after step."""
-    folder, _ = two
-    flags = [] if CASES[name][0] in SHARDING else CASES[name]
-    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *flags]) == 0
-    compare(tmp_path / "alone", folder / name, name)
+    compare(alone(name), two[0] / name, name)
 
 
 def compare(one: Path, two: Path, name: str) -> None:
@@ -177,24 +190,23 @@ def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, fam
 def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):
     """1 -> 2 -> 1 ranks, against one that was never stopped."""
     folder, out = two
-    assert "checkpoint-2, step 2" in out.stdout
+    assert "checkpoint-1, step 1" in out.stdout
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
-    shutil.rmtree(run / "checkpoint-6")
+    shutil.rmtree(run / "checkpoint-3")
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
     assert train_cls.main(again) == 0
     steps = read_steps(run)
-    assert [line["step"] for line in steps] == list(range(7))
+    assert [line["step"] for line in steps] == list(range(4))
     by_two = ["ranks/load_imbalance" in line for line in steps]
-    assert by_two == [False] * 3 + [True] * 2 + [False] * 2
+    assert by_two == [False, False, True, False]
     compare(folder / "whole", run, "resumed")
 
 
-def test_vectors_of_a_sharded_bf16_model_are_trained_in_float32(two, tmp_path):
+def test_vectors_of_a_sharded_bf16_model_are_trained_in_float32(two, alone):
     """FSDP2 hands their gradients on: the checkpoint's masters are those of one rank."""
     name = "weights in bf16"
-    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *CASES[name]]) == 0
-    runs = [tmp_path / "alone", two[0] / name]
+    runs = [alone(name), two[0] / name]
     one, other = (load_file(run / "checkpoint-1" / "model.safetensors") for run in runs)
     vectors = [key for key, weight in one.items() if weight.ndim == 1]
     for weights in (one, other):
@@ -212,7 +224,7 @@ def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
     """No sharding flag has an effect; the adapter that is saved is that of final/."""
     folder, _ = two
     run = folder / "LoRA"
-    one = load_file(run / "checkpoint-3" / "adapter_model.safetensors")
+    one = load_file(run / "checkpoint-2" / "adapter_model.safetensors")
     two = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
     assert len(one) == 56 and all(torch.equal(one[name], two[name]) for name in one)
     config = train_cls.Config(use_peft=True, shard_size=2)
@@ -226,7 +238,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tm
     shutil.copytree(two[0] / "copies", run)
     with (run / "config.yaml").open("a") as file:
         file.write("timeout: 60.0\n")
-    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
+    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "3"]
     assert train_cls.main(again) == 0
     assert "no effect" not in capsys.readouterr().out
     assert train_cls.main([*again, "--shard_size", "1", "--dry_run"]) == 0
@@ -276,7 +288,7 @@ def test_a_run_that_lost_a_rank_is_resumed(tmp_path):
     assert out.stderr.count("Traceback") == 1, "one more than that of the fault"
     assert "has no checkpoint to resume from yet" in out.stdout
     assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
-    assert [line["step"] for line in read_steps(run)] == [*range(5)]
+    assert [line["step"] for line in read_steps(run)] == [*range(4)]
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
@@ -288,7 +300,7 @@ def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
     assert "[rank0]:" not in out.stderr, "a traceback"
     assert "has no checkpoint to resume from yet" in out.stdout
     assert "checkpoint-2, step 2" in out.stdout
-    assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(5)]
+    assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(4)]
 
 
 def test_what_one_rank_meets_all_ranks_act_upon(two):
