@@ -162,7 +162,7 @@ def rough(folder: str) -> None:
         Ranks.enter, train_cls.check_rows = enter, check_rows
 
 
-def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
+def lost(faults: list[list[str]], folder: str, timeout: int, *flags: str) -> None:
     """A run in which rank 1 dies, stops or raises (how) as soon as it enters a phase (moment); each
     time that torchrun starts it again the next of `faults` happens, and after the last one none."""
     grpo.engine.ranks.GRACE = 1.0  # seconds: both ranks are on this machine
@@ -179,7 +179,7 @@ def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
 
     Ranks.enter = watched
     sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "3", *SMALL]
-    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
+    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto", *flags]
     train_cls.run_and_exit(train_cls.main)
 
 

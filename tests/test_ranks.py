@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_cls
+from data.flowers import rows
 from demo.published import save_model
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
@@ -292,9 +293,16 @@ def test_a_run_that_lost_a_rank_is_resumed(tmp_path):
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
-    call = ["lost", [FAULTS[2:], str(tmp_path / "run"), 10]]
-    (tmp_path / "calls.json").write_text(json.dumps([call]))
-    out = torchrun(2, "-m", "tests.ranks", str(tmp_path / "calls.json"), restarts=1)
+    for split in ("train", "test"):  # few, as each of the four processes reads them
+        table = rows(split, 12)
+        for number, row in enumerate(table):
+            image, row["image"] = row["image"], f"{split}-{number}.png"
+            image.save(tmp_path / row["image"])
+        (tmp_path / f"{split}.json").write_text(json.dumps(table))
+    data = ["--dataset_name", str(tmp_path)]
+    call = ["lost", [FAULTS[2:], str(tmp_path / "run"), 10, *data]]
+    (tmp_path / "calls").write_text(json.dumps([call]))
+    out = torchrun(2, "-m", "tests.ranks", str(tmp_path / "calls"), restarts=1)
     assert out.returncode == 0, out.stderr[-3000:]
     assert "rank 1 is dead or stuck in training of step 3" in out.stderr
     assert "[rank0]:" not in out.stderr, "a traceback"
