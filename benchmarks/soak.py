@@ -14,22 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("time/", "memory/", "step_time")
 
 
-def start(folder: Path, argv: list[str]) -> subprocess.Popen:
+def run(folder: Path, argv: list[str], seconds: float | None = None) -> bool:
+    """Trains in `folder`. Whether it came to its end: after so many seconds it is killed. Raises
+    RuntimeError if it fails."""
     command = [sys.executable, "train_cls.py", "--output_dir", str(folder), *argv]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, **options)
-
-
-def finish(process: subprocess.Popen) -> None:
-    out, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"exit code {process.returncode}:\n{out[-2000:]}")
+    try:
+        done = subprocess.run(command, timeout=seconds, **options)
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}:\n{done.stdout[-2000:]}")
+    return True
 
 
 def result(folder: Path) -> dict[str, str]:
@@ -42,24 +45,25 @@ def result(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
 
 
-def soak(folder: Path, kills: int, longest: float, seed: int, argv: list[str]) -> list[str]:
+def soak(
+    folder: Path,
+    kills: int,
+    longest: float,
+    seed: int,
+    argv: list[str],
+    run: Callable[[Path, list[str], float | None], bool] = run,
+) -> list[str]:
     """Raises AssertionError if the results differ. Each process lives for up to `longest`
     seconds; returns a line per kill."""
     options = [*argv, "--save_steps", "2", "--save_total_limit", "2"]
     whole, cut = folder / "whole", folder / "cut"
-    finish(start(whole, options))
+    run(whole, options, None)
     chance, told = random.Random(seed), []
+    again = [*options, "--resume_from_checkpoint", "auto"]
     while len(told) < kills:
         moment = chance.uniform(0.5, longest)
-        process = start(cut, [*options, "--resume_from_checkpoint", "auto"])
-        try:
-            process.communicate(timeout=moment)
-            if process.returncode:
-                raise RuntimeError(f"exit code {process.returncode}, not killed")
-            break  # it came to its end first
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        if run(cut, again, moment):
+            break
         lines = cut / "metrics.jsonl"
         steps = lines.read_text().count("\n") - 1 if lines.exists() else 0
         saving = ", while saving" if list(cut.glob(".*.partial")) else ""
@@ -67,7 +71,7 @@ def soak(folder: Path, kills: int, longest: float, seed: int, argv: list[str]) -
         told.append(f"kill {len(told) + 1} after {moment:.1f} s, {steps} steps, {kept}{saving}")
         print(told[-1], flush=True)
     if not (cut / "final").exists():
-        finish(start(cut, [*options, "--resume_from_checkpoint", "auto"]))
+        run(cut, again, None)
     one, two = result(whole), result(cut)
     assert one == two, {name for name in one if one[name] != two.get(name)}
     return told

@@ -1,13 +1,13 @@
-"""What tests/test_ranks.py has several ranks do, under torchrun.
+"""What tests/test_ranks.py has several ranks do.
 
-A launch costs seconds, so one pair of ranks does many things in turn: `python -m tests.ranks FILE`
-takes a JSON list of [function, arguments] and joins a new process group for each.
+A launch costs seconds, so one pair of ranks does many things in turn: `in_turn` takes a list of
+[function, arguments], each of which joins a new process group. `python -m tests.ranks FILE`, for
+torchrun, reads it from a JSON file.
 """
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +19,6 @@ import grpo.run.run
 import models.load
 import train_cls
 from data.errors import RewardFault, UserError
-from data.load import load
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks, start
 from grpo.engine.shard import (
@@ -35,7 +34,6 @@ from grpo.pack import filler, make_packs
 from grpo.rollout import Group
 from grpo.run.checkpoint import save_final
 from models.load import empty_model
-from models.processor import Processor
 from tests.tiny import tiny_prompt
 
 WRITE_REPORT = grpo.run.run.write_report
@@ -164,7 +162,7 @@ def rough(folder: str) -> None:
         Ranks.enter, train_cls.check_rows = enter, check_rows
 
 
-def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
+def lost(faults: list[list[str]], folder: str, timeout: int, *flags: str) -> None:
     """A run in which rank 1 dies, stops or raises (how) as soon as it enters a phase (moment); each
     time that torchrun starts it again the next of `faults` happens, and after the last one none."""
     grpo.engine.ranks.GRACE = 1.0  # seconds: both ranks are on this machine
@@ -177,22 +175,11 @@ def lost(faults: list[list[str]], folder: str, timeout: int) -> None:
         if self.rank == 1 and name == moment:
             if how == "raises":
                 raise ValueError("a fault of rank 1")
-            if how == "stops":
-                kill_after(other)
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
-    def kill_after(file: Path) -> None:
-        """Kills this process once the other has ended: torchrun would wait for it for 30 s."""
-        alive = f"grep -qs '^State:.[RSD]' /proc/{file.read_text()}/status"
-        wait = f"while {alive}; do sleep 0.1; done; sleep 1; kill -9 {os.getpid()}"
-        subprocess.Popen(wait, shell=True, start_new_session=True)  # torchrun ends its group
-
-    other = Path(f"{folder}.rank-0")
-    if os.environ["RANK"] == "0":
-        other.write_text(str(os.getpid()))
     Ranks.enter = watched
-    sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "4", *SMALL]
-    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto"]
+    sys.argv[1:] = ["--output_dir", folder, "--timeout", str(timeout), "--max_steps", "3", *SMALL]
+    sys.argv += ["--config", str(train_cls.DEMO), "--resume_from_checkpoint", "auto", *flags]
     train_cls.run_and_exit(train_cls.main)
 
 
@@ -200,14 +187,14 @@ CHECKPOINT = Path(train_cls.DEMO).parent / "checkpoint"
 SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--eval_samples", "2"]
 SMALL += ["--max_completion_length", "40", "--save_steps", "1"]
 
-if __name__ == "__main__":
+
+def in_turn(calls: list) -> None:
     torch.set_num_threads(1)
-    Processor(
-        CHECKPOINT
-    )  # both ranks import and draw at once; a run lets the main rank do it first
-    for split in ("train", "test"):
-        load("demo:flowers", split)
-    for function, arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for function, arguments in calls:
         globals()[function](*arguments)
     sys.stdout.flush()
     os._exit(0)  # see grpo.run.exits.run_and_exit
+
+
+if __name__ == "__main__":
+    in_turn(json.loads(Path(sys.argv[1]).read_text()))

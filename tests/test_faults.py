@@ -11,11 +11,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +38,8 @@ from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
 from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
 from models.qwen_vl import QwenVL
-from tests.runs import CHECKPOINT, ROOT, SHORT, read_lines, read_steps, timeless, train
+from tests.forked import fork
+from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
 from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,14 @@ def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
     train(run, *LONGER, "--save_steps", "1")
     return run
+
+
+def copied(run: Path, folder: Path, *later: str) -> Path:
+    """A copy of a run's folder, without what came `later`."""
+    shutil.copytree(run, folder)
+    for name in later:
+        shutil.rmtree(folder / name)
+    return folder
 
 
 @contextmanager
@@ -150,24 +159,28 @@ def test_a_researchers_own_error_keeps_its_traceback(tmp_path, monkeypatch, wher
     assert names[-1] == "broken" and ("train" in names or "score" in names)
 
 
+def run_with_an_error_of_its_own(folder: str) -> None:
+    true, calls = grpo.loss.group_advantages, []
+
+    def edited(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("what?")
+        return true(*arguments)
+
+    grpo.loss.group_advantages = edited
+    sys.argv[1:] = ["--output_dir", folder, *SHORT]
+    exits.run_and_exit(train_cls.main)
+
+
 def test_what_a_shell_sees_of_a_researchers_own_error(tmp_path):
-    code = """if True:
-        import train_cls
-        from grpo.run.exits import run_and_exit
-        import grpo.loss
-        true, calls = grpo.loss.group_advantages, []
-        def edited(*arguments):
-            calls.append(1)
-            if len(calls) == 2:
-                raise ValueError("what?")
-            return true(*arguments)
-        grpo.loss.group_advantages = edited
-        run_and_exit(train_cls.main)"""
-    command = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run"), *SHORT]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert out.returncode == 1
-    assert "Traceback" in out.stderr and "in edited" in out.stderr
-    assert out.stderr.rstrip().endswith("ValueError: what?")
+    log = tmp_path / "log"
+    process = fork(log, run_with_an_error_of_its_own, str(tmp_path / "run"))
+    process.join()
+    said = log.with_suffix(".err").read_text()
+    assert process.exitcode == 1
+    assert "Traceback" in said and "in edited" in said
+    assert said.rstrip().endswith("ValueError: what?")
 
 
 def test_an_explanation_that_is_missing_is_a_fault_of_the_reward(tmp_path, monkeypatch):
@@ -265,22 +278,19 @@ def test_a_model_whose_logits_are_not_numbers(tmp_path, monkeypatch, capsys):
     assert (run / "checkpoint-1").exists() and not (run / "checkpoint-3").exists()
 
 
-def test_a_run_that_lacks_only_its_end_can_be_finished(tmp_path, monkeypatch):
+def test_a_run_that_lacks_only_its_end_can_be_finished(tmp_path, whole):
     """Killed between the last checkpoint and final/; then there is nothing left to do."""
-    whole = train(tmp_path / "whole", *LONGER, "--save_steps", "3")
-    run = tmp_path / "run"
-    shutil.copytree(tmp_path / "whole", run)
-    shutil.rmtree(run / "final")
+    run = copied(whole, tmp_path / "run", "checkpoint-1", "checkpoint-2", "final")
     again = ["--resume_from_checkpoint", "auto"]
-    assert timeless(train(run, *again)) == timeless(whole)
-    for file in (tmp_path / "whole" / "final").iterdir():
+    assert timeless(train(run, *again)) == timeless(read_steps(whole))
+    for file in (whole / "final").iterdir():
         assert (run / "final" / file.name).read_bytes() == file.read_bytes()
     with pytest.raises(ValueError, match="at its end, step 3"):
         train(run, *again)
     shutil.rmtree(run / "checkpoint-3")
     with pytest.raises(ValueError, match="a run that has ended and kept no checkpoint"):
         train(run, *again)
-    assert timeless(read_steps(run)) == timeless(whole)
+    assert timeless(read_steps(run)) == timeless(read_steps(whole))
 
 
 def test_a_signal_in_a_step_that_is_evaluated_keeps_the_evaluation(tmp_path, monkeypatch):
@@ -368,7 +378,7 @@ def test_out_of_memory_on_a_gpu_names_the_predicted_peaks():
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "config.yaml"])
-def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
+def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name, whole):
     run = tmp_path / "run"
     if name == "config.yaml":
         run.mkdir()
@@ -377,9 +387,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_kept(tmp_path, name):
             train(run, *SHORT)
         assert not (run / "metrics.jsonl").exists(), "then it would be a run without its flags"
         return
-    train(run, *LONGER, "--save_steps", "1")
-    for left in ("checkpoint-2", "checkpoint-3"):
-        shutil.rmtree(run / left)
+    copied(whole, run, "checkpoint-2", "checkpoint-3")
     kept = (run / "checkpoint-1" / "model.safetensors").read_bytes()
     full = run / name
     with pytest.MonkeyPatch.context() as patch:  # resuming rewrites the file first
@@ -402,9 +410,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path, mo
         train_cls.main(["--output_dir", str(tmp_path / "file" / "run"), *SHORT])
 
 
-def test_two_runs_in_one_folder(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    train(run, *LONGER, "--save_steps", "2")
+def test_two_runs_in_one_folder(tmp_path, monkeypatch, whole):
+    run = copied(whole, tmp_path / "run", "checkpoint-3")
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
     with (run / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -417,16 +424,14 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     assert train_cls.main(again) == 0
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, capsys):
-    whole = train(tmp_path / "whole", *LONGER)
-    run = tmp_path / "run"
-    shutil.copytree(tmp_path / "whole", run)
-    shutil.rmtree(run / "final")
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, capsys, whole):
+    checkpoints = [f"checkpoint-{step}" for step in (1, 2, 3)]
+    run = copied(whole, tmp_path / "run", *checkpoints, "final")
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines[: len(lines) // 2])
     resumed = train(run, "--resume_from_checkpoint", "auto")
     assert "has no checkpoint to resume from yet" in capsys.readouterr().out
-    assert timeless(resumed) == timeless(whole)
+    assert timeless(resumed) == timeless(read_steps(whole))
 
 
 DAMAGE = {
@@ -436,10 +441,8 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path):
-    run = tmp_path / "run"
-    whole = train(run, *LONGER, "--save_steps", "1")
-    shutil.rmtree(run / "checkpoint-3")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path, whole):
+    run = copied(whole, tmp_path / "run", "checkpoint-3")
     (run / "checkpoint-9").mkdir()  # no checkpoint: nothing in it
     for name, (text, said) in DAMAGE.items():
         file = run / "checkpoint-2" / name
@@ -449,7 +452,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path)
             train(run, "--resume_from_checkpoint", "auto")
         file.write_bytes(kept)
     resumed = train(run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
-    assert timeless(resumed) == timeless(whole)
+    assert timeless(resumed) == timeless(read_steps(whole))
 
 
 def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
@@ -460,11 +463,9 @@ def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
         assert file.read_text() == '{"step": 0}\n{"step": 1}\n', cut
 
 
-def test_a_folder_that_another_run_used_is_not_taken(tmp_path):
+def test_a_folder_that_another_run_used_is_not_taken(tmp_path, whole, plain):
     """By a checkpoint, though no metrics; and by a run while this one was loading."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(one, *SHORT, "--save_steps", "1")
-    train(two, *SHORT)
+    one, two = copied(whole, tmp_path / "one"), copied(plain, tmp_path / "two")
     other = ["--resume_from_checkpoint", str(one / "checkpoint-1")]
     with pytest.raises(ValueError, match="two holds another run than"):
         train(two, *other)
@@ -598,5 +599,16 @@ def test_a_reference_that_changes_is_found(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_never_stopped(tmp_path):
-    """Two kills; benchmarks/soak.py does the same with twenty."""
-    soak(tmp_path, kills=2, longest=7.0, seed=1, argv=[*SHORT, "--max_steps", "12"])
+    """Two kills; benchmarks/soak.py does the same with twenty, and a new Python for each."""
+
+    def run(output: Path, argv: list[str], seconds: float | None) -> bool:
+        process = fork(tmp_path / "log", train_cls.main, ["--output_dir", str(output), *argv])
+        process.join(seconds)
+        if ended := process.exitcode is not None:
+            assert process.exitcode == 0, (tmp_path / "log.err").read_text()
+        process.kill()
+        process.join()
+        return ended
+
+    told = soak(tmp_path, 2, longest=3.0, seed=1, argv=[*SHORT, "--max_steps", "10"], run=run)
+    assert told, "never killed: blunt"

@@ -1,4 +1,4 @@
-"""Several ranks by torchrun and gloo: they compute what one computes, and none waits forever."""
+"""Several ranks, with gloo: they compute what one computes, and none waits forever."""
 
 import json
 import shutil
@@ -8,34 +8,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tests.runs
 import train_cls
+from data.flowers import rows
 from demo.published import save_model
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
 from grpo.flags.combine import without_effect
+from grpo.run.exits import RANK_LOST
 from models.load import load_model
-from tests.ranks import SMALL, score, uneven_packs
-from tests.runs import CHECKPOINT, read_lines, read_steps, timeless
+from tests import forked
+from tests.ranks import SMALL, in_turn, lost, score, uneven_packs
+from tests.runs import CHECKPOINT, read_lines, read_steps, timeless, torchrun
 from tests.tiny import family_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.slow
 
 
-def torchrun(ranks: int, folder: Path, *calls: list, restarts: int = 0):
-    """`ranks` ranks that call these functions of tests/ranks.py one after the other."""
-    folder.mkdir(exist_ok=True)
-    (folder / "calls.json").write_text(json.dumps(calls))
-    command = ("-m", "tests.ranks", str(folder / "calls.json"))
-    return tests.runs.torchrun(ranks, *command, restarts=restarts)
-
-
-SAME = ["--max_steps", "3", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+SAME = ["--max_steps", "2", *SMALL, "--save_steps", "0", "--learning_rate", "1e-3", "--seed", "7"]
+SAME += ["--warmup_ratio", "0"]
 EVALUATED = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
 EVALUATED += ["--eval_samples_per_prompt", "2"]
-ONE_STEP = ["--max_steps", "1", "--save_steps", "1", "--warmup_ratio", "0"]
+ONE_STEP = ["--max_steps", "1", "--save_steps", "1"]
 CASES = {
     "plain": ["--prompts_per_step", "3"],
     "two updates, many packs": ["--num_iterations", "2", "--tokens_per_pack", "120"],
@@ -47,15 +42,15 @@ CASES = {
         *("--top_entropy_quantile", "0.3", "--entropy_coef", "0.05", "--tokens_per_pack", "120"),
     ],
     "dynamic sampling": ["--dynamic_sampling"],
-    "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "3"],
+    "LoRA": ["--use_peft", "--num_iterations", "2", "--save_steps", "2"],
     "moments in 8 bits": ["--optim", "adamw_8bit"],
     "moments in bf16": ["--optim", "adamw_anyprecision", "--num_iterations", "2"],
     "weights in bf16": ["--optim", "adamw_8bit", "--bf16", "true", *ONE_STEP],
     "layers stay whole": ["--reshard_after_forward", "false"],
-    "copies": ["--shard_size", "1", "--save_steps", "3"],
+    "copies": ["--shard_size", "1", "--save_steps", "2"],
 }
 SHARDING = ("--reshard_after_forward", "--shard_size")
-RESUMED = ["--max_steps", "6", *SMALL, "--save_steps", "2", "--learning_rate", "1e-3"]
+RESUMED = ["--max_steps", "3", *SMALL, "--learning_rate", "1e-3", "--warmup_ratio", "0"]
 GRADIENTS = [(2, 2, "qwen2_vl", False), (2, 2, "qwen2_vl", True), (2, 2, "qwen2_5_vl", False)]
 GRADIENTS += [(2, 2, "qwen3_vl", True), (4, 4, "qwen2_vl", True), (4, 2, "qwen3_vl", False)]
 
@@ -65,10 +60,10 @@ def two(tmp_path_factory):
     """One pair of ranks that does what the tests below look at: the folder, and what it printed."""
     folder = tmp_path_factory.mktemp("two")
     calls = [["train", ["--output_dir", str(folder / n), *SAME, *CASES[n]]] for n in CASES]
-    # a run of one rank, cut after step 2, is resumed by two ranks
+    # a run of one rank, cut after step 1, is resumed by two ranks
     assert train_cls.main(["--output_dir", str(folder / "whole"), *RESUMED]) == 0
     shutil.copytree(folder / "whole", folder / "run")
-    for later in ("checkpoint-4", "checkpoint-6", "final"):
+    for later in ("checkpoint-2", "checkpoint-3", "final"):
         shutil.rmtree(folder / "run" / later)
     again = ["--output_dir", str(folder / "run"), "--resume_from_checkpoint", "auto"]
     calls.append(["train", again])
@@ -77,8 +72,8 @@ def two(tmp_path_factory):
     calls.append(["agree", [str(folder)]])
     (folder / "rough").mkdir()
     calls.append(["rough", [str(folder / "rough")]])  # the last: it changes the directory
-    out = torchrun(2, folder, *calls)
-    assert out.returncode == 0, out.stderr[-4000:]
+    out = forked.ranks(2, folder, in_turn, calls)
+    assert out.codes == [0, 0], out.stderr[-4000:]
     return folder, out
 
 
@@ -98,15 +93,15 @@ def test_evaluation_alone_is_the_same_on_two_ranks(two, plain, tmp_path):
 
 def test_two_ranks_write_one_report(two):
     folder, _ = two
-    assert "6 of 6 steps" in (folder / "run" / "report.html").read_text()
+    assert "3 of 3 steps" in (folder / "run" / "report.html").read_text()
     assert not (folder / "plain" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    out = torchrun(4, folder, *gradient_calls(folder, 4))
-    assert out.returncode == 0, out.stderr[-4000:]
+    out = forked.ranks(4, folder, in_turn, gradient_calls(folder, 4))
+    assert out.codes == [0] * 4, out.stderr[-4000:]
     return folder
 
 
@@ -121,13 +116,25 @@ def gradient_calls(folder: Path, world: int) -> list:
     return calls
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run folder of a case on one rank, by its name."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def run(name: str) -> Path:
+        flags = () if CASES[name][0] in SHARDING else tuple(CASES[name])
+        if flags not in made:
+            made[flags] = folder / name
+            assert train_cls.main(["--output_dir", str(made[flags]), *SAME, *flags]) == 0
+        return made[flags]
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_compute_what_one_computes(two, name, tmp_path):
+def test_two_ranks_compute_what_one_computes(two, alone, name):
     """Completions and rewards the same, numbers and weights to rounding, step after step."""
-    folder, _ = two
-    flags = [] if CASES[name][0] in SHARDING else CASES[name]
-    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *flags]) == 0
-    compare(tmp_path / "alone", folder / name, name)
+    compare(alone(name), two[0] / name, name)
 
 
 def compare(one: Path, two: Path, name: str) -> None:
@@ -183,24 +190,23 @@ def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, fam
 def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):
     """1 -> 2 -> 1 ranks, against one that was never stopped."""
     folder, out = two
-    assert "checkpoint-2, step 2" in out.stdout
+    assert "checkpoint-1, step 1" in out.stdout
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
-    shutil.rmtree(run / "checkpoint-6")
+    shutil.rmtree(run / "checkpoint-3")
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
     assert train_cls.main(again) == 0
     steps = read_steps(run)
-    assert [line["step"] for line in steps] == list(range(7))
+    assert [line["step"] for line in steps] == list(range(4))
     by_two = ["ranks/load_imbalance" in line for line in steps]
-    assert by_two == [False] * 3 + [True] * 2 + [False] * 2
+    assert by_two == [False, False, True, False]
     compare(folder / "whole", run, "resumed")
 
 
-def test_vectors_of_a_sharded_bf16_model_are_trained_in_float32(two, tmp_path):
+def test_vectors_of_a_sharded_bf16_model_are_trained_in_float32(two, alone):
     """FSDP2 hands their gradients on: the checkpoint's masters are those of one rank."""
     name = "weights in bf16"
-    assert train_cls.main(["--output_dir", str(tmp_path / "alone"), *SAME, *CASES[name]]) == 0
-    runs = [tmp_path / "alone", two[0] / name]
+    runs = [alone(name), two[0] / name]
     one, other = (load_file(run / "checkpoint-1" / "model.safetensors") for run in runs)
     vectors = [key for key, weight in one.items() if weight.ndim == 1]
     for weights in (one, other):
@@ -218,7 +224,7 @@ def test_ranks_with_adapters_hold_all_weights_and_the_same_adapters(two):
     """No sharding flag has an effect; the adapter that is saved is that of final/."""
     folder, _ = two
     run = folder / "LoRA"
-    one = load_file(run / "checkpoint-3" / "adapter_model.safetensors")
+    one = load_file(run / "checkpoint-2" / "adapter_model.safetensors")
     two = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
     assert len(one) == 56 and all(torch.equal(one[name], two[name]) for name in one)
     config = train_cls.Config(use_peft=True, shard_size=2)
@@ -232,7 +238,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tm
     shutil.copytree(two[0] / "copies", run)
     with (run / "config.yaml").open("a") as file:
         file.write("timeout: 60.0\n")
-    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
+    again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "3"]
     assert train_cls.main(again) == 0
     assert "no effect" not in capsys.readouterr().out
     assert train_cls.main([*again, "--shard_size", "1", "--dry_run"]) == 0
@@ -254,33 +260,54 @@ def test_one_rank_shows_the_progress_of_the_image_checks(two):
 @pytest.mark.parametrize("how, moment", [("stops", "training of step 2"), ("stops", "checks")])
 def test_a_stuck_rank_is_named(tmp_path, how, moment):
     """In the middle of a step, and before the first collective."""
-    out = torchrun(2, tmp_path, ["lost", [[[how, moment]], str(tmp_path / "run"), 5]])
-    assert out.returncode != 0
+    run = tmp_path / "run"
+    out = forked.ranks(2, tmp_path, lost, [[how, moment]], str(run), 5)
+    assert out.codes[0] == RANK_LOST
     said = f"rank 1 is dead or stuck in {moment}"
     assert "stopped: in " in out.stderr and said in out.stderr, out.stderr[-3000:]
-    assert "exitcode  : 4" in out.stderr or "exitcode: 4" in " ".join(out.stderr.split())
-    assert (tmp_path / "run" / "checkpoint-1" / "state.json").exists() == ("step" in moment)
-    assert "[rank0]:" not in out.stderr, "a traceback"
+    assert (run / "checkpoint-1" / "state.json").exists() == ("step" in moment)
+    assert "Traceback" not in out.stderr
+
+
+FAULTS = [
+    ["raises", "training of step 2"],
+    ["dies", "rollout of step 2"],
+    ["dies", "training of step 3"],
+]
+
+
+def test_a_run_that_lost_a_rank_is_resumed(tmp_path):
+    """Rank 1 fails by itself, dies in a rollout, dies in training: each is named, and the run is
+    resumed from its newest checkpoint until it is done."""
+    run = tmp_path / "run"
+    out = forked.ranks(2, tmp_path, lost, FAULTS, str(run), 10, restarts=3)
+    assert out.codes == [0, 0], out.stderr[-3000:]
+    assert "rank 1 left: a fault of rank 1" in out.stderr
+    for _, moment in FAULTS[1:]:
+        assert f"rank 1 is dead or stuck in {moment}" in out.stderr
+    assert out.stderr.count("Traceback") == 1, "one more than that of the fault"
+    assert "has no checkpoint to resume from yet" in out.stdout
+    assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
+    assert [line["step"] for line in read_steps(run)] == [*range(4)]
 
 
 def test_torchrun_can_start_a_run_again_that_lost_a_rank(tmp_path):
-    """Rank 1 fails by itself, dies in a rollout, dies in training: each is named, and the run is
-    resumed from its newest checkpoint until it is done."""
-    faults = [
-        ["raises", "training of step 2"],
-        ["dies", "rollout of step 2"],
-        ["dies", "training of step 3"],
-    ]
-    call = ["lost", [faults, str(tmp_path / "run"), 10]]
-    out = torchrun(2, tmp_path, call, restarts=3)
+    for split in ("train", "test"):  # few, as each of the four processes reads them
+        table = rows(split, 12)
+        for number, row in enumerate(table):
+            image, row["image"] = row["image"], f"{split}-{number}.png"
+            image.save(tmp_path / row["image"])
+        (tmp_path / f"{split}.json").write_text(json.dumps(table))
+    data = ["--dataset_name", str(tmp_path)]
+    call = ["lost", [FAULTS[2:], str(tmp_path / "run"), 10, *data]]
+    (tmp_path / "calls").write_text(json.dumps([call]))
+    out = torchrun(2, "-m", "tests.ranks", str(tmp_path / "calls"), restarts=1)
     assert out.returncode == 0, out.stderr[-3000:]
-    assert "rank 1 left: a fault of rank 1" in out.stderr
-    for _, moment in faults[1:]:
-        assert f"rank 1 is dead or stuck in {moment}" in out.stderr
+    assert "rank 1 is dead or stuck in training of step 3" in out.stderr
     assert "[rank0]:" not in out.stderr, "a traceback"
     assert "has no checkpoint to resume from yet" in out.stdout
-    assert "checkpoint-1, step 1" in out.stdout and "checkpoint-2, step 2" in out.stdout
-    assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(5)]
+    assert "checkpoint-2, step 2" in out.stdout
+    assert [line["step"] for line in read_steps(tmp_path / "run")] == [*range(4)]
 
 
 def test_what_one_rank_meets_all_ranks_act_upon(two):

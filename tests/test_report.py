@@ -437,7 +437,7 @@ def test_a_run_has_its_report_after_each_evaluation_and_ends_without_one(
 
 def test_the_runs_wrote_their_reports(plain, boxes):
     """As the fixtures left them."""
-    for folder, steps in ((plain, 2), (boxes, 20)):
+    for folder, steps in ((plain, 2), (boxes, 12)):
         page = (folder / "report.html").read_text()
         assert f"{steps} of {steps} steps" in page and ">finished</span>" in page
         assert 'src="data:image/jpeg' in page and 'class="no-picture"' not in page
@@ -521,7 +521,7 @@ def test_the_curves_tell_what_was_logged(browser, boxes):
     steps = {line["step"]: line for line in read_steps(boxes)}
     ActionChains(browser).move_to_element(found(browser, "#chart-reward .nsewdrag")[0]).perform()
     step, values = hovered(browser, "reward")
-    assert 8 <= step <= 12 and values["reward"] == pytest.approx(steps[step]["reward"], rel=1e-3)
+    assert 5 <= step <= 7 and values["reward"] == pytest.approx(steps[step]["reward"], rel=1e-3)
     there, values = hovered(browser, "terms")  # the cursor is common
     assert there == step and values.keys() == {"iou", "confidence", "format"}
     for name, value in values.items():
@@ -540,8 +540,8 @@ def test_the_curves_tell_what_was_logged(browser, boxes):
     said = found(browser, "#reading")[0].text
     assert said.startswith("step 4: ") and f"Reward {steps[4]['reward']:.4g}" in said
     press(browser, Keys.END)
-    _, values = hovered(browser, "held-out", 20)
-    assert values["AP50"] == pytest.approx(steps[20]["eval/AP50"], rel=1e-3)
+    _, values = hovered(browser, "held-out", 12)
+    assert values["AP50"] == pytest.approx(steps[12]["eval/AP50"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -550,7 +550,7 @@ def test_the_gallery_is_filtered(browser, boxes):
 
     opened(browser, boxes / "report.html")
     rows = load("demo:scenes", "test")
-    before, after = (runs.read_lines(boxes / f"eval-{step}.jsonl") for step in (0, 20))
+    before, after = (runs.read_lines(boxes / f"eval-{step}.jsonl") for step in (0, 12))
     evaluations = (before, after)
     right = [{line["row"]: line["rewards"]["iou"] > 0.5 for line in e} for e in evaluations]
     shown = [int(re.search(r"\d+", card.text)[0]) for card in found(browser, ".card h3")]

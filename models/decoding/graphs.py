@@ -73,11 +73,15 @@ class Graphs(Decoding):
         if graph := self._graphs.get((key, shapes)):
             graph.replay()
             return kept
+        before = [tensor.clone() for tensor in kept.tensors]
         function(kept)  # launched: it loads kernels and makes handles, which no capture may
+        after = [tensor.clone() for tensor in kept.tensors]
+        _set(kept, before)  # the emulated device executes what it captures, and restores it then
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function(kept)  # captured, not executed
+            function(kept)
         self._graphs[key, shapes] = graph
+        _set(kept, after)
         return kept
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = "tests/emulated_gpu/setup FOLDER, then pytest --emulated-gpu=FOLDER"
 
 

@@ -43,9 +43,11 @@ found["counted"] = operations["aten::mul.Tensor"] - before[0], waits.total() - b
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     y = x * 2 + 1
-x.add_(1)
+    x.add_(1)
+found["captured"] = x.tolist()
 graph.replay()
-found["replayed"] = y.tolist()
+graph.replay()
+found["replayed"] = y.tolist(), x.tolist()
 
 held = torch.cuda.memory_allocated()
 block = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
@@ -97,7 +99,8 @@ def told(emulated_gpu, tmp_path_factory):
 def test_it_computes_and_counts(told):
     found = told[0]
     assert found["product"] == [0, 1, 4, 9, 16, 25] and found["counted"] == [1, 1]
-    assert found["replayed"] == [3, 5, 7, 9, 11, 13]
+    assert found["captured"] == [0, 1, 2, 3, 4, 5]  # a capture executes nothing
+    assert found["replayed"] == [[3, 5, 7, 9, 11, 13], [2, 3, 4, 5, 6, 7]]
     assert found["allocated"] == 1 << 20
     assert found["norm"] < 1e-5
     assert found["attention"] < 0.01 and found["its gradients"] < 0.01  # bfloat16
