@@ -1,3 +1,3 @@
-"""Commands that measure. Each prints ratios to a peer or to another revision; none is a test."""
+"""Commands that measure. Each prints ratios to TRL or to another revision; none is a test."""
 
 import grpo  # noqa: F401  before torch: how its threads wait

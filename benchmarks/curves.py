@@ -1,4 +1,4 @@
-"""What benchmarks/learn.py recorded: as tables, and as an SVG file that any background suits."""
+"""The curves that benchmarks/learn.py recorded, as tables and as an SVG file."""
 
 import itertools
 import math
@@ -19,8 +19,8 @@ def runs_of(report: dict) -> dict[str, list[dict]]:
 
 
 def reached(points: list[dict], score: str, target: float, by: str) -> float:
-    """Where (`by` "seconds" or "step") the score first was `target`, on a line between two
-    evaluations; infinite if it never was."""
+    """The seconds or the step (`by`) at which the score first reached `target`, between two
+    evaluations on a straight line; infinite if it never did."""
     for i, point in enumerate(points):
         if point[score] >= target:
             before = points[max(0, i - 1)]
@@ -31,7 +31,7 @@ def reached(points: list[dict], score: str, target: float, by: str) -> float:
 
 
 def show(report: dict) -> None:
-    """Prints how soon the target was reached, the score by step, and the curves by tenths."""
+    """Prints when the target was reached, the score by step, and each metric by tenths of a run."""
     score, target, runs = report["score"], report["target"], runs_of(report)
     for by in ("seconds", "step"):
         medians = []

@@ -1,4 +1,4 @@
-"""What passes through torch's dispatcher: launches, waits, and on the meta device also work."""
+"""Counts at torch's dispatcher: launches, waits for the device, and on the meta device work."""
 
 import math
 import traceback

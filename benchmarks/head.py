@@ -1,11 +1,11 @@
-"""The head's part of a training pass, by loss: time, and memory beside its inputs.
+"""The head's share of a training pass, for each kind of loss: time, and memory beside its inputs.
 
     python benchmarks/head.py                       # time, on a CPU: float32, two threads
     FOLDER/python benchmarks/head.py --device cuda  # memory, by the allocator (rehearsed or real)
 
 token: a loss that is a sum over tokens, chunk by chunk. completions: one that compares whole
-completions, so all log-probs are there before the backward pass. entropy: --entropy_coef. Medians
-of --repeat rounds, in turns, after one that is dropped.
+completions, so that all log-probs are computed before the backward pass. entropy: --entropy_coef.
+Medians of --repeat rounds, in turns, after a warm-up.
 """
 
 import argparse

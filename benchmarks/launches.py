@@ -1,4 +1,4 @@
-"""Operations that each phase of a step launches, its waits for the device, and a prediction.
+"""What each phase of a step launches and how often it waits for the device; predicted times.
 
     FOLDER/python benchmarks/launches.py --family qwen2_vl --json FILE
     python -m benchmarks.launches --predict "Qwen2-VL 2B" "Qwen2.5-VL 7B"

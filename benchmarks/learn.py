@@ -4,16 +4,16 @@
     python benchmarks/learn.py --read FILE --plot FILE.svg
 
 Both train the demo's checkpoint on its rows with its flags (data/demo_cls/demo.yaml), in float32 on
-the CPU: the peer is given every number that matters, and its rewards are the script's own score().
-Each trainer runs in processes of its own, in turns. Seconds are the steps' alone, without loading,
-evaluation and files. The held-out score is the script's own evaluate(), for the peer on a model of
-ours that is given the peer's weights.
+the CPU. The peer, TRL, gets every setting that matters, and its rewards are the script's score().
+Each trainer runs in processes of its own, in turns. Seconds are those of steps, without loading,
+evaluation and files. The held-out score is the script's evaluate(); for the peer it is computed on
+a model of ours with the peer's weights.
 
-Asserted in each run: the peer is fed our token ids and pixels, its texts are ours, it stops at our
-stop tokens and never draws what ours never draws, its learning rate is ours at each step, both
-score the same before the first step, and the first 8 steps, made here on its completions, have its
-losses, KLs, entropies and gradient norms and lead to its weights. What differs: random numbers, the
-order of prompts, and that the peer's log-probs know the tokens that are never drawn.
+Each run asserts that the peer gets our token ids and pixels and returns our texts, stops at our
+stop tokens and never samples what is never sampled here, has our learning rate at each step and our
+score before the first. Its first 8 steps are repeated here on its completions, and must give its
+losses, KLs, entropies, gradient norms and weights. What differs: random numbers, the order of
+prompts, and that the peer's log-probs include the tokens that are never sampled.
 docs/performance.md says how to install the peer.
 """
 
@@ -50,7 +50,7 @@ COMPARED = 8  # of the peer's steps are made here too
 
 
 def flags(settings: dict) -> list[str]:
-    """What the script is told besides the demo's own flags."""
+    """The flags that the script gets besides the demo's own."""
     line = f"--seed {settings['seed']} --eval_steps {settings['every']} --bf16 false "
     line += f"--max_steps {settings['steps']} " if settings["steps"] else ""
     line += f"--eval_samples {settings['held_out']} " if settings["held_out"] else ""
@@ -58,7 +58,7 @@ def flags(settings: dict) -> list[str]:
 
 
 def kept(line: dict) -> dict:
-    """What is recorded of a step's metrics; both trainers have the same names."""
+    """The metrics of a step that are recorded; both trainers have the same names."""
     terms = [name for name in line if re.fullmatch(r"rewards/\w+/mean", name)]
     return {name: line[name] for name in (*NAMES, *terms)}
 
@@ -67,7 +67,7 @@ def kept(line: dict) -> dict:
 
 
 def ours(settings: dict) -> dict:
-    """The script's own main(), as it is."""
+    """Trains by the script's own main()."""
     script, argv = importlib.import_module(settings["script"]), flags(settings)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -210,7 +210,7 @@ def fastest(kind: str, settings: dict, candidates: list[int]) -> int:
 
 
 def train_all(options: argparse.Namespace) -> dict:
-    """Trains with each seed, both trainers in turns; what is recorded so far is on the disk."""
+    """Trains with each seed, both trainers in turns; writes the file after each run."""
     script, score, target = TASKS[options.task]
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     report = {"task": options.task, "score": score, "target": target, "versions": versions}
@@ -235,7 +235,7 @@ def train_all(options: argparse.Namespace) -> dict:
 
 
 def recorded(result: dict) -> dict:
-    """A run as it is written down: columns, and the seconds at which each evaluation stands."""
+    """A run as the file has it: a list for each metric, and each evaluation with its seconds."""
     clock = [0.0, *itertools.accumulate(result["seconds"])]
     held_out = [
         {"step": line["step"], "seconds": clock[line["step"]]}

@@ -4,7 +4,7 @@
 
 Each run is a training script's own main() in a process of its own, one thread, `--num_iterations 2`
 and otherwise the demo's flags, but for fewer steps: at the demo's full length most losses reach the
-same ceiling. FILE is written after each run, and a second call goes on where the first one ended.
+same ceiling. FILE is written after each run; a second call continues where the first one ended.
 `--show FILE` prints the table of docs/losses.md.
 """
 
@@ -41,7 +41,7 @@ WATCHED += ("cispo_clip_ratio", "clip_ratio/delta_mean", "step_time")
 
 
 def run(script: str, recipe: str, seed: int, steps: int) -> dict:
-    """What one run ends with, and means over all of its steps."""
+    """One run's held-out results at its end, and means over its steps."""
     with tempfile.TemporaryDirectory() as folder:
         argv = f"--num_iterations 2 --seed {seed} --max_steps {steps} "
         argv += f"--diagnose_after 0 --output_dir {folder}/run {RECIPES[recipe]}"

@@ -33,11 +33,11 @@ PROBLEM = "Which flower is this? Answer in <think> </think> and <answer> </answe
 
 
 def make_vocabulary(folder: Path, entries: int) -> dict[str, int]:
-    """Writes everything of a checkpoint folder but config and weights, for `entries` tokens; the
-    ids of the special ones.
+    """Writes all files of a checkpoint folder but config and weights, for `entries` tokens. Returns
+    the ids of the special tokens.
 
-    The tokenizer is the flowers' demo's with entries `w0`, `w1`, ... up to the model's vocabulary,
-    its special tokens at the end: every entry can be decoded.
+    The tokenizer is that of the flowers' demo, with further entries `w0`, `w1`, ... up to the
+    model's vocabulary and the special tokens at the end, so that every id can be decoded.
     """
     make_folder(folder, demo.corpus())
     learned = json.loads((folder / "vocab.json").read_text())
@@ -114,7 +114,7 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
 
 
 def make_images(folder: Path, rows: int, side: int) -> Path:
-    """Writes `rows` images of side x side pixels, all different, and train.json; the folder."""
+    """Writes `rows` different images of side x side pixels and train.json. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, table = torch.Generator().manual_seed(side), []
     for row in range(rows):

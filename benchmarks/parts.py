@@ -1,4 +1,4 @@
-"""Each part of a step alone, against the least time that its arithmetic and its reading can take.
+"""Each part of a step alone, against the least time that its arithmetic and memory traffic take.
 
     python benchmarks/parts.py --model tiny --image 448 --completion 64 --json FILE
 

@@ -1,4 +1,4 @@
-"""The plan's memory beside the allocator's own account, phase by phase: on a GPU, or rehearsed.
+"""The memory that the plan predicts beside what the allocator counts, phase by phase.
 
     python benchmarks/plan.py --start "torchrun --nproc_per_node=2" --sizes mid --cases plain LoRA
 
@@ -54,7 +54,7 @@ STEP += "--cuda_graphs false"
 
 
 def run(checkpoint: str, images: str, output: str, flags: str) -> None:
-    """One run of train_cls.py's main(), rewarded by chance; its plan goes to a file."""
+    """One run of train_cls.py's main() with random rewards; its plan goes to a file."""
     endless_and_by_chance(train_cls)
     said = io.StringIO()
     paths = ["--model_name_or_path", checkpoint, "--dataset_name", images, "--output_dir", output]

@@ -3,8 +3,8 @@
     python -m benchmarks.real_shapes --model "Qwen2-VL 2B" --json FILE
 
 2 prompts x 2 completions x 8 tokens, an image of 448 pixels (512 for Qwen3-VL: as many tokens), in
-bfloat16, every completion rewarded by chance. Says what each phase took, and the memory beside what
-`--dry_run` predicts. Weights are made in a temporary folder, which takes twice their size on disk.
+bfloat16, with random rewards. Prints each phase's seconds, and its memory beside what `--dry_run`
+predicts. Weights are made in a temporary folder, which takes twice their size on disk.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from models.qwen_vl import QwenVL
 
 
 def make(folder: Path, name: str) -> Path:
-    """A checkpoint folder with this published model's shapes and bfloat16 weights; the folder."""
+    """Writes a checkpoint with this published model's shapes and random bfloat16 weights. Returns
+    the folder."""
     raw = published(name)
     special = make_vocabulary(folder, (raw | raw.get("text_config", {}))["vocab_size"])
     raw["image_token_id"] = special["<|image_pad|>"]
@@ -51,7 +52,7 @@ def make(folder: Path, name: str) -> Path:
 
 
 def step(folder: Path, images: Path) -> dict:
-    """One step of train_cls.py's main(), by chance rewarded."""
+    """One step of train_cls.py's main() with random rewards."""
     score = train_cls.score
 
     def scored(completion, row, task):

@@ -94,7 +94,7 @@ CASES |= {
 
 
 def train(house: Path, folder: Path, ranks: int, script: str, flags: str) -> None:
-    """One run of `house` (a checkout) into `folder`, unless it is there already."""
+    """Trains with the sources in `house` into `folder`, unless that run exists already."""
     if (folder / "final").exists():
         return
     start = [sys.executable]
@@ -108,7 +108,7 @@ def train(house: Path, folder: Path, ranks: int, script: str, flags: str) -> Non
 
 
 def metrics(folder: Path) -> dict[int, dict]:
-    """Step -> its numbers, without those of the clock."""
+    """Step -> its metrics, without times and memory."""
     steps: dict[int, dict] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         numbers = json.loads(line)
@@ -119,7 +119,7 @@ def metrics(folder: Path) -> dict[int, dict]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of what must stay the same, and the names of the files."""
+    """SHA-256 of each thing that must stay the same; the names of the files are one of them."""
     contents = {
         "completions": (folder / "completions.jsonl").read_bytes(),
         "weights": (folder / "final" / "model.safetensors").read_bytes(),

@@ -1,4 +1,4 @@
-"""What a step costs as the group, the image and the completion grow, here and in TRL.
+"""The time of a step as the group, the image and the completion grow, here and in TRL.
 
     python benchmarks/scaling.py --model tiny --json FILE
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.shuffled [--seeds 1 2 3 4]
 
-Trains 25 steps in which each completion is paid what some completion so far has earned, drawn at
-random, and once with the true rewards. Prints the change of the held-out IoU reward of each. Adam's
-steps are as long as ever, so the policy drifts; docs/LOG.md has the figures.
+Trains 25 steps with true rewards, and with each seed 25 steps in which a completion gets the reward
+of a randomly chosen one so far. Prints the change of each run's held-out IoU reward. Adam's updates
+do not get smaller by that, so the policy drifts; docs/LOG.md has the figures.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TRUE_JUDGE = train_det.judge
 
 
 def change(seed: int | None, steps: int) -> float:
-    """Held-out IoU reward after the run minus before; seed None pays the true rewards."""
+    """Held-out IoU reward after the run minus before. seed: None is the run with true rewards."""
     chance, pool = random.Random(seed), []
 
     def shuffled(*arguments):

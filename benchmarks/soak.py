@@ -22,8 +22,8 @@ TIMES = ("time/", "memory/", "step_time")
 
 
 def run(folder: Path, argv: list[str], seconds: float | None = None) -> bool:
-    """Trains in `folder`. Whether it came to its end: after so many seconds it is killed. Raises
-    RuntimeError if it fails."""
+    """Trains in `folder`, and is killed after so many seconds. Returns whether it came to its end
+    before. Raises RuntimeError if it fails."""
     command = [sys.executable, "train_cls.py", "--output_dir", str(folder), *argv]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     try:
@@ -36,7 +36,7 @@ def run(folder: Path, argv: list[str], seconds: float | None = None) -> bool:
 
 
 def result(folder: Path) -> dict[str, str]:
-    """What must be equal: metrics without times, completions, every file of final/, as hashes."""
+    """What must be equal: metrics without times, completions, hashes of the files in final/."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
     parts = {"metrics.jsonl": json.dumps(lines).encode()}
@@ -53,8 +53,8 @@ def soak(
     argv: list[str],
     run: Callable[[Path, list[str], float | None], bool] = run,
 ) -> list[str]:
-    """Raises AssertionError if the results differ. Each process lives for up to `longest`
-    seconds; returns a line per kill."""
+    """Trains, kills and resumes; each process lives for up to `longest` seconds. Returns a line per
+    kill. Raises AssertionError if the results differ."""
     options = [*argv, "--save_steps", "2", "--save_total_limit", "2"]
     whole, cut = folder / "whole", folder / "cut"
     run(whole, options, None)

@@ -9,8 +9,8 @@ medians. The peer is measured with gradient checkpointing as it comes (on) and o
 without, unless --gradient_checkpointing true. Here the scripts are run as they are: train_cls.py's
 main() with its own metrics.
 
-The peer scores every position of a row on the CPU, completions only on a GPU: ratios with a large
-vocabulary (small) say nothing of GPUs; mid is the fair one. `pip install -e ".[bench]"`.
+On a CPU the peer computes logits at every position, on a GPU only at completions: ratios with a
+large vocabulary (small) say nothing of GPUs; mid is the fair one. `pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def random_reward(text: str) -> float:
 
 
 def endless_and_by_chance(script) -> None:
-    """Changes a training script's module: completions have full length and random rewards."""
+    """Patches a training script: completions have full length and random rewards."""
     score = script.score
 
     class Endless(script.Processor):
@@ -194,7 +194,7 @@ def peer(settings: dict) -> dict:
 
 
 def stand_in_for_torchvision() -> None:
-    """Declares the operators that importing torchvision asks for where its build lacks them.
+    """Declares the operators that torchvision needs to be imported, where its build lacks them.
 
     transformers' processors need the import; none of the operators is ever called.
     """

@@ -1,6 +1,5 @@
-"""Our side of the peer's run in benchmarks/learn.py: its data, the script's own evaluate() on the
-peer's weights, and the checks that the peer is fed, draws and computes what is fed, drawn and
-computed here."""
+"""Our side of the peer's run in benchmarks/learn.py: the data, the script's evaluate() on the
+peer's weights, and checks that its inputs, sampled tokens and numbers are those of this trainer."""
 
 import importlib
 import itertools
@@ -24,10 +23,11 @@ from models.names import parameter_name
 
 
 class Twin:
-    """What a script's train() has before its first step, and a model that takes the peer's weights.
+    """What a script's train() has before its first step, and a model for the peer's weights.
 
-    script: the module's name. argv: its flags. latest: of the peer's latest step, as its reward and
-    its model saw it: `fed` (the model's inputs), `texts`, `ids`, `rows` (their numbers).
+    script: the module's name. argv: its flags. latest: the peer's latest step, as its reward
+    functions and its model got it: `fed` (the model's inputs), `texts`, `ids`, `rows` (numbers of
+    data rows).
     """
 
     step = 0
@@ -71,14 +71,14 @@ class Twin:
         assert not missing, f"the peer lacks {', '.join(missing)}"
 
     def measure(self, peer) -> dict:
-        """eval/<term> and so on of the peer's model."""
+        """The held-out metrics of the peer's model."""
         self.take(peer)
         self.model.suppressed_ids = torch.tensor(self.processor.suppressed_ids)
         self.script.evaluate(self, self.task, self.model, self.data)
         return self.found
 
     def check_inputs(self) -> None:
-        """What the peer's model was fed are our token ids and pixels."""
+        """Asserts that the peer's model got our token ids and pixels."""
         fed = self.latest["fed"]
         prompts = [self.rows[number].prompt(self.processor) for number in self.latest["rows"]]
         for ids, mask, prompt in zip(fed["input_ids"], fed["attention_mask"], prompts, strict=True):
@@ -88,7 +88,7 @@ class Twin:
             torch.testing.assert_close(fed[name], expected, atol=1e-5, rtol=0)
 
     def check_weights(self, peer) -> None:
-        """Steps made here have led where the peer's have led."""
+        """Asserts that the steps repeated here have led to the peer's weights."""
         own, start = (dict(m.named_parameters()) for m in (self.model, self.reference))
         own = {name: weight.detach().clone() for name, weight in own.items()}
         self.take(peer)
@@ -100,15 +100,16 @@ class Twin:
         assert apart < 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
 
     def check_texts(self) -> None:
-        """Texts are ours, and no token was drawn that is never drawn here."""
+        """Asserts that the peer's texts are ours, and that it sampled none of the tokens that are
+        never sampled here."""
         ids = self.latest["ids"]
         assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
         assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
 
     def repeat(self, step: int) -> dict:
-        """Makes the peer's step here, on its completions; loss, KL, entropy and gradient norm.
+        """Repeats the peer's step on its completions. Returns loss, KL, entropy and gradient norm.
 
-        Nothing is suppressed here: the peer's log-probs know all tokens."""
+        No token is suppressed, as the peer's log-probs include all of them."""
         config, ids = self.config, self.latest["ids"]
         pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
         weights = self.task.reward_weights
