@@ -15,7 +15,7 @@ from grpo.engine.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rat
 from grpo.engine.ranks import Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import State, save_checkpoint
-from grpo.run.resume import resume
+from grpo.run.resume import find_checkpoint, resume
 from tests.tiny import tiny_config, tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -203,7 +203,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, source, 
         patch.setattr(checkpoint, where, kill)
         with pytest.raises(Killed):
             save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
-    assert checkpoint.find_checkpoint("auto", tmp_path).name == "checkpoint-1"
+    assert find_checkpoint("auto", tmp_path).name == "checkpoint-1"
     resume(tmp_path / "checkpoint-1", optimizer, 0)
     save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -1,4 +1,7 @@
-"""What a run reads before a weight is loaded: rows, held-out rows, the checkpoint's processor."""
+"""What a run reads before a weight is loaded: both splits, the model's processor and sizes.
+
+Not here: the forms of data sets (data/load.py).
+"""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +17,12 @@ from models.processor import Processor
 
 @dataclass
 class Data:
-    """The data and the checkpoint's own facts.
+    """The data, and what the model's folder says without its weights.
 
-    rows: to train on; held_out: to measure with, may be empty; both with the faults that were
-    found. folder: the model's. sizes: its config and how many numbers it has, in all and in the
-    vision tower. lengths: tokens of each prompt of both splits, once the rows are checked.
+    rows: to train on. held_out: to measure with, may be empty. Both have their `faults`. folder: of
+    the model. sizes: its config, and how many parameters it has in all and in the vision tower.
+    eval_samples: --eval_samples. lengths: tokens of each prompt of both splits, once the rows are
+    checked.
     """
 
     rows: SplitRows
@@ -40,10 +44,10 @@ class Data:
 
 
 def load_data(config, ranks: Ranks) -> Data:
-    """Finds the model's folder, reads its processor and both splits, and looks at every image.
+    """Finds the model's folder, reads its processor and both splits, and checks every image.
 
     Raises UserError as `find_folder`, `Processor`, `check_checkpoint` and `load_splits`; what is
-    wrong with single rows stands in `Rows.faults`.
+    wrong with single rows is in `SplitRows.faults`.
     """
     folder = find_folder(config.model_name_or_path)
     processor = Processor(folder, config.min_pixels, config.max_pixels)

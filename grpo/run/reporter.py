@@ -1,7 +1,6 @@
-"""report.html of a run: `python -m grpo.report`, as a process of its own.
+"""report.html of a run, written by `python -m grpo.report` in a process of its own.
 
-The page needs no torch and nothing of the trainer but the run's folder. A report that fails, or
-takes too long, ends no run.
+A report that fails, or takes too long, does not end the run. Not here: the page (grpo/report/).
 """
 
 import os
@@ -18,12 +17,12 @@ LONGEST = 60  # seconds that a run waits for its report: less than other ranks w
 def write_report(folder: Path) -> str:
     """Writes report.html of the run in `folder`, and waits for it.
 
-    Returns a note that says why it could not be written; an empty one if it was.
+    Returns "" if it was written, else a note that says why not.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
-            # -P: packages of the folder that the run was started in do not stand in for ours.
+            # -P: packages in the current folder must not take the place of ours
             [sys.executable, "-P", "-m", "grpo.report", str(folder)],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
@@ -38,14 +37,14 @@ def write_report(folder: Path) -> str:
     else:
         if not done.returncode:
             return ""
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        why = said[-1] if said else f"exit code {done.returncode}"
+        errors = done.stderr.decode(errors="replace").strip().splitlines()
+        why = errors[-1] if errors else f"exit code {done.returncode}"
     return f"note: report.html was not written: {why}; try python -m grpo.report {folder}"
 
 
 def about(steps: int, rows, held_out, task) -> dict:
-    """What a report cannot tell from the flags: how many steps there will be, what coordinates in
-    answers count, how prompts were worded."""
+    """What a report cannot tell from the flags, for run.json: how many steps there will be, what
+    coordinates in answers count, how prompts were worded."""
     sizes = chain((of_row[0] for of_row in rows.sizes), (row.size for row in held_out))
     frames = task.frames.described(sizes) if task.frames else None
     return {"steps": steps, "frames": frames, "ask": asdict(rows.wording)}

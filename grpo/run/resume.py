@@ -15,29 +15,29 @@ from models.load import weight_files
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
-    """Renames checkpoints after `step` to abandoned-..., when a run is resumed from an earlier one.
-
-    Returns their new names. They belong to a branch that is abandoned; nothing is deleted.
+    """Renames checkpoints after `step` to abandoned-...: for a run that is resumed from an earlier
+    one and will write others. Nothing is deleted. Returns the new paths.
     """
-    moved = []
+    renamed = []
     for folder in checkpoints(output_dir):
         if int(folder.name[11:]) > step:
             aside = folder.with_name(f"abandoned-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-            moved.append(folder.rename(aside))
-    return moved
+            renamed.append(folder.rename(aside))
+    return renamed
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names; "auto" is the newest of the run, or None
-    if the run was stopped before its first.
+    """The checkpoint folder that --resume_from_checkpoint asks for.
 
-    Raises UserError if it cannot be resumed from, or not into this output_dir.
+    wanted: its path, or "auto" for the newest in output_dir. Returns None for "auto" if the run was
+    stopped before its first. Raises UserError for a path that is no checkpoint, or one of another
+    run than output_dir holds.
     """
     if wanted == "auto":
-        found = checkpoints(output_dir)
-        if not found and (output_dir / "final").exists():
+        folders = checkpoints(output_dir)
+        if not folders and (output_dir / "final").exists():
             raise UserError(f"{output_dir} holds a run that has ended and kept no checkpoint")
-        return found[-1] if found else None
+        return folders[-1] if folders else None
     folder = Path(wanted)
     if (folder / "config.yaml").is_file():
         raise UserError(
@@ -55,12 +55,12 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path, config, steps: int, facts: dict[str, str]) -> State:
-    """The state in a checkpoint.
+    """The state in a checkpoint, which must fit the run that resumes from it.
 
-    config: the flags now (a dataclass of `flag`s). steps: of the complete run, as asked for now.
+    config: today's flags (a dataclass of `flag`s). steps: of the complete run by today's flags.
     facts: what else must be the same, by name. Raises UserError if the file is damaged, if flags
-    differ that may not change when a run is resumed (naming each), if the run would become shorter,
-    and if a fact differs.
+    differ that may not change when a run is resumed (naming each), if the run is at its end or
+    would become shorter, and if a fact differs.
     """
     try:
         saved = json.loads((folder / "state.json").read_text())
@@ -95,11 +95,10 @@ def read_state(folder: Path, config, steps: int, facts: dict[str, str]) -> State
 
 
 def resume(folder: Path, optimizer: Optimizer, updates: int) -> None:
-    """Loads a checkpoint's weights and moments into the optimizer and its model, whatever the
-    number of ranks that wrote it.
+    """Loads a checkpoint's weights and moments into the optimizer and its model.
 
-    updates: how many the checkpoint's state counts. Raises UserError if a file is missing or
-    damaged.
+    Any number of ranks may have written it. updates: as the checkpoint's state counts them. Raises
+    UserError if a file is missing or damaged.
     """
     missing = optimizer.resume(updates, weight_files(folder), weight_files(folder / "optimizer"))
     if missing:

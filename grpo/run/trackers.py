@@ -1,6 +1,6 @@
 """The trackers of --report_to: TensorBoard, Weights & Biases, Trackio.
 
-Each has `log(metrics)`, `samples(step, table)` and `close()`. A resumed run continues its record.
+Each has `log(metrics)`, `samples(step, table)` and `close()`. A resumed run continues its curves.
 Not here: which steps are sent (grpo/run/run.py).
 """
 
@@ -22,31 +22,32 @@ SIDE = 320  # pixels of its image
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Completions of one group: its prompt, its image (None if it cannot be read), a row each."""
+    """Completions of one group: its problem, its image (None if it cannot be read), and for each
+    completion a list of values, one for each of `columns`."""
 
     problem: str
     image: Image.Image | None
     columns: list[str]
-    rows: list[list]
+    completions: list[list]
 
 
 def sample_table(row, records: Sequence[Record], advantages: Sequence[float]) -> SampleTable:
-    """The first completions of a group, with every reward. row: of the data set."""
+    """The first completions of a group, with every reward. row: the group's data row."""
     try:
         image = open_image(row.images[0])
         image.thumbnail((SIDE, SIDE))
     except UserError:  # it was there when the prompt was encoded: a table is no reason to stop
         image = None
     columns = ["truth", "completion", *records[0].rewards, "reward", "advantage"]
-    rows = [
+    completions = [
         [r.truth, r.completion, *r.rewards.values(), r.reward, float(advantage)]
         for r, advantage in zip(records, advantages, strict=True)
     ]
-    return SampleTable(row.problem, image, columns, rows[:SHOWN])
+    return SampleTable(row.problem, image, columns, completions[:SHOWN])
 
 
 def verbatim(text: str) -> str:
-    """A text for a place that reads Markdown, as a block of code: what a model wrote stays text."""
+    """A text as a block of code, which a tracker that renders Markdown shows unchanged."""
     lines = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
     return "\n".join(f"    {line}" for line in lines.splitlines())
 
@@ -57,8 +58,9 @@ class TensorBoard:
     def __init__(self, path: Path, name: str, resumed_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        again = None if resumed_step is None else resumed_step + 1  # what came later is hidden
-        self._writer = SummaryWriter(str(path / "tensorboard" / name), purge_step=again)
+        # points of steps that will be trained again are hidden
+        purge_step = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(str(path / "tensorboard" / name), purge_step=purge_step)
 
     def log(self, metrics: dict) -> None:
         for key, value in metrics.items():
@@ -67,10 +69,10 @@ class TensorBoard:
 
     def samples(self, step: int, table: SampleTable) -> None:
         parts = [verbatim(table.problem)]
-        for values in table.rows:
-            cells = dict(zip(table.columns, values, strict=True))
-            completion, truth = cells.pop("completion"), cells.pop("truth")
-            numbers = ", ".join(f"{name} {value:.3g}" for name, value in cells.items())
+        for values in table.completions:
+            by_column = dict(zip(table.columns, values, strict=True))
+            completion, truth = by_column.pop("completion"), by_column.pop("truth")
+            numbers = ", ".join(f"{name} {value:.3g}" for name, value in by_column.items())
             parts.append(f"{numbers}; truth:\n\n{verbatim(truth)}\n\n{verbatim(completion)}")
         self._writer.add_text("completions", "\n\n---\n\n".join(parts), step)
         if table.image is not None:
@@ -84,10 +86,10 @@ class TensorBoard:
 
 
 class Service:
-    """A run of Weights & Biases, or of Trackio, which has the same functions; samples as a table.
+    """A run in Weights & Biases, or in Trackio, which has the same functions; samples as a table.
 
-    module: "wandb", whose run id is kept in the run's folder, or "trackio", whose records are on
-    this machine unless its own variables say otherwise ($TRACKIO_PROJECT names the project).
+    module: "wandb", whose run id is kept in the run's folder, or "trackio", which stores on this
+    machine unless its own variables say otherwise ($TRACKIO_PROJECT names the project).
     """
 
     def __init__(self, module: str, path: Path, name: str, config: dict, resumed_step: int | None):
@@ -95,9 +97,9 @@ class Service:
         self._reads_markdown = module == "trackio"
         if module == "wandb":
             file = path / "wandb_id"
-            known = file.read_text() if resumed and file.exists() else None
+            run_id = file.read_text() if resumed and file.exists() else None
             self._run = self._module.init(
-                name=name, dir=str(path), config=config, id=known, resume="allow"
+                name=name, dir=str(path), config=config, id=run_id, resume="allow"
             )
             file.write_text(self._run.id)
         else:
@@ -113,18 +115,18 @@ class Service:
 
     def samples(self, step: int, table: SampleTable) -> None:
         image = table.image and self._module.Image(table.image)
-        rows = [[table.problem, *values] for values in table.rows]
+        lines = [[table.problem, *values] for values in table.completions]
         if self._reads_markdown:
-            rows = [[verbatim(v) if isinstance(v, str) else v for v in row] for row in rows]
-        columns, rows = ["image", "problem", *table.columns], [[image, *row] for row in rows]
-        self._run.log({"completions": self._module.Table(columns=columns, data=rows)}, step=step)
+            lines = [[verbatim(v) if isinstance(v, str) else v for v in line] for line in lines]
+        columns, lines = ["image", "problem", *table.columns], [[image, *line] for line in lines]
+        self._run.log({"completions": self._module.Table(columns=columns, data=lines)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises UserError naming the first of --report_to whose package is not installed."""
+    """Raises UserError for the first name of --report_to whose package is not installed."""
     for name in names:
         if name != "none" and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: pip install {name}")
@@ -133,9 +135,9 @@ def check_trackers(names: list[str]) -> None:
 def open_trackers(
     names: list[str], path: Path, name: str, config: dict, resumed_step: int | None
 ) -> list:
-    """The trackers of --report_to, for the run in `path`, called `name`.
+    """The trackers of --report_to. path: the run's folder; name: the run's.
 
-    resumed_step: the last step of the record that goes on; None for a new run.
+    resumed_step: the step that a run is resumed from; None for a new run.
     """
     trackers = []
     for tracker in names:
