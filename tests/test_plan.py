@@ -1,8 +1,10 @@
 """The plan's estimate of memory, against what autograd and the optimizer hold."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from grpo.rollout import Group
 from models.families import FAMILIES, parse_config
 from models.load import check_checkpoint
 from models.lora import LoRA
+from models.packed_attention import flash_varlen
 from models.qwen_vl import with_image_features
 from tests.tiny import family_config, tiny_config, tiny_model, tiny_prompt
 
@@ -305,3 +308,14 @@ def test_the_plan_counts_what_a_loss_holds():
     assert held(**whole) - held() == pytest.approx(slopes, rel=1e-6)
     both = held(**whole, entropy_coef=0.01) - held()
     assert both == pytest.approx(buffer + 2 * slopes, rel=1e-6)
+
+
+def test_an_installed_flash_attn_is_not_asked_on_the_meta_device(monkeypatch):
+    """It has kernels for a GPU alone, and a plan must not need one."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=None))
+    flash_varlen.cache_clear()
+    try:
+        model = Skeleton(tiny_config())
+        assert model.decode(model.layers, ((5, 3, 2),), gradient=True).left > 0
+    finally:
+        flash_varlen.cache_clear()
