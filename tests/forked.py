@@ -33,7 +33,8 @@ def fork(log: Path, function: Callable, *arguments, **environment: str) -> BaseP
     given = {**os.environ, **environment}
     with chdir(ROOT):  # Python 3.11 imports what is preloaded from there
         forkserver.ensure_running()
-        process = FORKS.Process(target=_call, args=(log, given, function, arguments))
+        call = (log, given, function, arguments)
+        process = FORKS.Process(target=_call, args=call, daemon=True)
         process.start()
     return process
 
@@ -56,7 +57,7 @@ class Outcome:
 
 
 def ranks(
-    world: int, folder: Path, function: Callable, *arguments, restarts: int = 0, timeout=300.0
+    world: int, folder: Path, function: Callable, *arguments, restarts: int = 0, timeout=600.0
 ) -> Outcome:
     """`world` processes that call function(*arguments) with the environment that torchrun gives
     them. As with torchrun, one that fails ends the others, and all are started again up to
