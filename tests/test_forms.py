@@ -13,6 +13,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import grpo.engine.load
 import train_cls
 import train_det
 from data.check import check_rows, load_splits, refuse
@@ -637,7 +638,8 @@ def test_evaluation_alone_loads_neither_reference_nor_optimizer(tmp_path, monkey
     def never(*_):
         raise AssertionError("not for an evaluation")
 
-    monkeypatch.setattr(train_cls, "load_models", never)
+    for name in ("_load_policy", "_load_reference", "Optimizer"):
+        monkeypatch.setattr(grpo.engine.load, name, never)
     argv = ["--eval_only", "--eval_samples", "2", "--max_completion_length", "8"]
     train(tmp_path / "run", *argv, "--learning_rate", "1")
     out = capsys.readouterr().out
