@@ -199,6 +199,7 @@ def real_images(folder) -> dict:
     }
 
 
+@pytest.mark.slow
 @real
 @by_family
 def test_pixels_and_tokens_are_those_of_transformers(tmp_path, family):

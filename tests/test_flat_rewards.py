@@ -3,9 +3,13 @@
 import json
 import re
 
+import pytest
+
 import train_det
 from data.flowers import SPECIES, rows
 from tests.runs import CHECKPOINT, SHORT, read_steps, train
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_flat_reward_is_explained_while_the_run_goes_on(tmp_path, capsys):

@@ -586,6 +586,7 @@ def test_one_bad_row_is_one():
 # ---- evaluation alone ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     """And K drawn answers a row are those of the row, whatever else is evaluated."""
     argv = ["--eval_only", "--eval_samples", "6", "--max_completion_length", "40"]
@@ -611,6 +612,7 @@ def test_evaluation_alone_is_the_evaluation_before_training(tmp_path, plain):
     assert json.loads((tmp_path / "few" / "samples-0.json").read_text()) == drawn[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_what_a_run_saved_evaluates_as_the_run_did(tmp_path, adapted):
     """Checkpoint, final model and adapter, each by itself."""
@@ -634,6 +636,7 @@ def test_what_a_run_saved_evaluates_as_the_run_did(tmp_path, adapted):
         assert {name: line[name] for name in own} == {name: after[name] for name in own}, flags
 
 
+@pytest.mark.slow
 def test_evaluation_alone_loads_neither_reference_nor_optimizer(tmp_path, monkeypatch, capsys):
     def never(*_):
         raise AssertionError("not for an evaluation")
@@ -656,6 +659,7 @@ def test_evaluation_alone_loads_neither_reference_nor_optimizer(tmp_path, monkey
 # ---- the shared photographs ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared photographs are not here")
 def test_real_photographs_train_in_every_form(tmp_path):
     rows = load(str(SHARED / "clothing"), "train")

@@ -167,6 +167,7 @@ def test_the_flag_reaches_the_model():
 LORA = [*SHORT, "--use_peft", "--load_in_4bit", "--lora_r", "4", "--learning_rate", "5e-3"]
 
 
+@pytest.mark.slow
 def test_a_run_in_four_bits(tmp_path):
     """Sampled and trained are one policy; final/ is the checkpoint's own weights and the adapter;
     a run resumed is the run that was never stopped."""
@@ -217,6 +218,7 @@ def test_a_base_that_is_gone_at_the_end_loses_no_training(tmp_path, monkeypatch)
     assert load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_detection_in_four_bits_and_bf16(tmp_path):
     options = ["--max_steps", "1", "--prompts_per_step", "2", "--num_generations", "4", "--bf16"]
     options += ["--use_peft", "--load_in_4bit", "--eval_samples", "2", "--freeze_vision", "false"]

@@ -157,6 +157,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_alone(run):
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -178,10 +179,12 @@ def test_a_run_trains_adapters_alone(run):
             assert torch.equal(weight, start[name].float()), name
 
 
+@pytest.mark.slow
 def test_a_run_resumed_is_the_run_that_was_never_stopped(run, tmp_path):
     assert_resumes(run, tmp_path / "run", "checkpoint-4", "final")
 
 
+@pytest.mark.slow
 def test_peft_loads_our_adapter_and_final_is_merged(run):
     import peft
 
@@ -236,6 +239,7 @@ def test_ours_is_what_peft_saves(family, tmp_path):
     assert (logits - plain).abs().max() > 0.01, "a blunt test"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter(run, tmp_path):
     """Another seed and rate: step 1 is the policy that the adapter is, KL counts from the base."""
     adapter = str(run / "final" / "adapter")
@@ -339,6 +343,7 @@ def test_an_adapter_of_another_model_is_refused_before_weights_are_loaded(
         train_cls.main([*argv, "--output_dir", str(tmp_path / "run")])
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_noticed_on_resuming_without_a_reference(tmp_path):
     """Its checkpoints hold adapters alone, and --beta 0 loads no reference."""
     base = tmp_path / "base"
@@ -355,6 +360,7 @@ def test_a_changed_base_is_noticed_on_resuming_without_a_reference(tmp_path):
         train_cls.main([*resume, "--max_steps", "3"])
 
 
+@pytest.mark.slow
 def test_detection_with_adapters_and_everything_on(tmp_path):
     options = [
         "--max_steps",
@@ -372,6 +378,7 @@ def test_detection_with_adapters_and_everything_on(tmp_path):
     assert load_file(tmp_path / "run" / "final" / "adapter" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_the_plan_of_published_sizes_with_adapters():
     """What a card of 24 GB has room for."""
     assert find_folder(str(CHECKPOINT)) == CHECKPOINT

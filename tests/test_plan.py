@@ -132,6 +132,7 @@ SIZES = {"Qwen2-VL 2B": (2_208_985_600, 1), "Qwen2-VL 7B": (8_291_375_616, 8)}
 SIZES |= {"Qwen2.5-VL 7B": (8_292_166_656, 8), "Qwen3-VL 8B": (8_767_123_696, 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_published_models_fit_the_machines_that_are_asked_for(name):
     """2B on one card of 80 GB, 7B and 8B on eight, with the flags' defaults; 7B not on one."""
@@ -172,6 +173,7 @@ def advice(name: str, gb: float, world: int = 1, **flags) -> tuple[list[str], st
     return lines, lines[-1].strip()
 
 
+@pytest.mark.slow
 def test_the_plan_says_which_flags_make_a_model_fit():
     lines, last = advice("Qwen2.5-VL 7B", 24)
     assert lines[0].startswith("too much  175.9 GB, and 22.5 are usable of 24.")
@@ -194,6 +196,7 @@ def test_the_plan_says_which_flags_make_a_model_fit():
     assert any("--cpu_offload" in line for line in lines) and last.startswith("it fits with")
 
 
+@pytest.mark.slow
 def test_what_is_advised_is_what_the_estimate_says():
     """Each line's number is that of the plan with the line's flag."""
     lines, _ = advice("Qwen3-VL 4B", 24)
@@ -206,6 +209,7 @@ def test_what_is_advised_is_what_the_estimate_says():
     assert len(found) > 5
 
 
+@pytest.mark.slow
 def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
     argv = ["--dry_run", "--gpu_memory", "24", "--output_dir", str(tmp_path / "run")]
     assert train_cls.main(argv) == 0
@@ -217,6 +221,7 @@ def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
         train_cls.main(argv[1:])
 
 
+@pytest.mark.slow
 def test_cuda_graphs_are_taken_where_they_fit(tmp_path, capsys):
     """By default; what they keep is in every phase of the plan."""
 
@@ -239,6 +244,7 @@ def test_cuda_graphs_are_taken_where_they_fit(tmp_path, capsys):
         said("--cuda_graphs", "true")
 
 
+@pytest.mark.slow
 def test_a_card_of_24_gb_holds_what_is_asked_for():
     """22.5 GB are usable: 2B and 3B with all weights, 7B and 8B with LoRA, under 15 in 4 bits; and
     7B with all weights on eight cards of 80 GB, 32 prompts a step."""

@@ -29,6 +29,8 @@ from rewards.frames import FRAMES, Frames, frame_of
 from tests import runs
 from tests.runs import CHECKPOINT, ROOT, read_steps
 
+pytestmark = pytest.mark.slow
+
 # What a model could write to run in the page, to break it, or to be no UTF-8.
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

@@ -90,6 +90,7 @@ def _family(name: str) -> str:
     }.get(kind, name)
 
 
+@pytest.mark.slow
 def test_final_is_a_checkpoint_for_transformers(tmp_path):
     train(tmp_path / "run", *SHORT)
     row = rows("test", 1)[0]
@@ -103,6 +104,7 @@ def test_final_is_a_checkpoint_for_transformers(tmp_path):
     assert len(moved) == len(start), "every weight is trained"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
     options = [*SHORT, "--max_steps", "4", "--save_steps", "2", "--num_iterations", "2"]
     whole = train(tmp_path / "whole", *options)
@@ -119,6 +121,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_resuming_refuses_another_run(tmp_path):
     run = tmp_path / "run"
     train(run, *SHORT, "--save_steps", "2")
@@ -137,6 +140,7 @@ def test_resuming_refuses_another_run(tmp_path):
     assert len(train(run, *again, "--max_steps", "3")) == 4  # a longer run is no other run
 
 
+@pytest.mark.slow
 def test_going_on_from_an_earlier_checkpoint_leaves_the_later_branch(tmp_path):
     run = tmp_path / "run"
     train(run, *SHORT, "--max_steps", "3", "--save_steps", "1")
@@ -148,6 +152,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_branch(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_run_so_far(tmp_path, monkeypatch):
     run, judge, calls = tmp_path / "run", train_cls.judge, []
 
