@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 # Keys of config.json that are attributes of our config, by the same names.
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -38,20 +39,40 @@ def config_dict(config: QwenVLConfig, dtype: str = "float32") -> dict:
     top = {"architectures": [ARCHITECTURES[config.family]], "model_type": config.family}
     top |= {name: getattr(config, name) for name in TOKEN_IDS}
     top["vision_config"] = vision_dict(config.vision, config.family)
-    if config.family == "qwen3_vl":  # nested
+    if config.family in ("qwen3_vl", "qwen3_5"):  # nested
         rope = {"rope_type": "default", "mrope_section": section, "mrope_interleaved": True}
-        decoder |= {"model_type": "qwen3_vl_text", "attention_bias": False, "dtype": dtype}
+        decoder |= {"model_type": f"{config.family}_text", "attention_bias": False, "dtype": dtype}
         decoder |= {"head_dim": config.head_dim, "rope_scaling": rope}
+        if config.family == "qwen3_5":
+            decoder |= delta_dict(config)
+            rope = {**decoder.pop("rope_scaling"), "rope_theta": decoder.pop("rope_theta")}
+            rope |= {"partial_rotary_factor": config.partial_rotary_factor}
+            decoder |= {"rope_parameters": rope}
         return top | {"tie_word_embeddings": config.tie_word_embeddings, "text_config": decoder}
     rope = {"type": "mrope", "mrope_section": section}
     decoder |= {"rope_scaling": rope, "torch_dtype": dtype, "use_sliding_window": False}
     return top | decoder
 
 
+def delta_dict(config: QwenVLConfig) -> dict:
+    """The keys of Qwen3.5's config.json that say what its layers are."""
+    delta = config.delta
+    return {
+        "attn_output_gate": True,
+        "layer_types": list(config.layer_types),
+        "linear_conv_kernel_dim": delta.kernel,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_num_key_heads": delta.keys,
+        "linear_num_value_heads": delta.values,
+        "mamba_ssm_dtype": "float32",
+    }
+
+
 def vision_dict(vision: VisionConfig, family: str) -> dict:
     """The content of config.json's `vision_config` as the family is published."""
     tower = {"model_type": family, **{name: getattr(vision, name) for name in TOWER}}
-    if family != "qwen3_vl":
+    if family not in ("qwen3_vl", "qwen3_5"):
         tower |= {"in_chans": vision.in_channels, "spatial_patch_size": vision.patch_size}
     if family == "qwen2_vl":
         tower |= {"embed_dim": vision.embed_dim, "hidden_size": vision.hidden_size}
@@ -64,7 +85,8 @@ def vision_dict(vision: VisionConfig, family: str) -> dict:
         tower |= {"hidden_act": "silu", "window_size": vision.window_size}
         return tower | {"fullatt_block_indexes": blocks}
     tower |= {"num_position_embeddings": vision.num_position_embeddings}
-    tower |= {"deepstack_visual_indexes": list(vision.deepstack_visual_indexes)}
+    if family == "qwen3_vl":
+        tower |= {"deepstack_visual_indexes": list(vision.deepstack_visual_indexes)}
     return tower | {"hidden_act": "gelu_pytorch_tanh"}
 
 

@@ -5,13 +5,19 @@ from pathlib import Path
 from types import ModuleType
 
 from data.errors import UserError
-from models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from models import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from models.config import QwenVLConfig
 from models.mixer import Mixer
 from models.names import module_name
 
-FAMILIES = {module.MODEL_TYPE: module for module in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
-REFUSED = {"qwen3_vl_moe": "a mixture of experts, which is not written here; the dense models are"}
+FAMILIES = {module.MODEL_TYPE: module for module in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5)}
+EXPERTS = "a mixture of experts, which is not written here; the dense models are"
+REFUSED = {
+    "qwen3_vl_moe": EXPERTS,
+    "qwen3_5_moe": EXPERTS,
+    "qwen3_5_text": "a decoder without its vision tower; take the model with both (qwen3_5)",
+    "qwen4_exp": "an architecture that is not written here",
+}
 
 
 def family_of(config: QwenVLConfig) -> ModuleType:

@@ -118,6 +118,10 @@ class State(Protocol):
         each sample has in the state.
         """
 
+    def between(self, tokens: int) -> None:
+        """Called before each step, after `shrink` if that is called too; not a part of the step,
+        so that it may do now and then what a CUDA graph cannot choose to do. tokens: as above."""
+
     def shrink(self, move: Move, layout: Layout, tokens: int) -> None:
         """Moves what stays to where the smaller `layout` has it, within the same memory."""
 

@@ -29,14 +29,11 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     """The sizes in `raw`, a config.json of this family. Raises UserError, its message beginning
     with `where`, for what is missing or not done here."""
     text, rope = decoder_part(raw, where), rope_part(raw, where)
-    vision = ConfigPart(raw.get("vision_config"), where)
-    vision.allow("hidden_act", "gelu_pytorch_tanh")
     text.allow("attention_bias", False)
     rope.allow("mrope_interleaved", True)
-    depth, fields = vision.size("depth"), shared_fields(raw, where)
     config = QwenVLConfig(
         family=MODEL_TYPE,
-        **fields,
+        **shared_fields(raw, where),
         head_dim=text.size("head_dim", default=128),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=False,
@@ -45,25 +42,35 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         mrope_section=tuple(rope.get("mrope_section", default=(24, 20, 20))),
         mrope_interleaved=True,
         max_position_embeddings=text.get("max_position_embeddings", default=128000),
-        vision=VisionConfig(
-            **shared_vision_fields(vision),
-            embed_dim=vision.size("hidden_size"),
-            hidden_size=vision.size("out_hidden_size"),
-            intermediate_size=vision.size("intermediate_size"),
-            patch_size=vision.size("patch_size", default=16),
-            num_position_embeddings=vision.size("num_position_embeddings"),
-            deepstack_visual_indexes=vision.indexes("deepstack_visual_indexes", depth),
-        ),
+        vision=read_vision(ConfigPart(raw.get("vision_config"), where)),
     )
-    levels, entries = config.vision.deepstack_visual_indexes, config.vision.num_position_embeddings
+    levels = config.vision.deepstack_visual_indexes
     if len(levels) >= config.num_hidden_layers:
         raise UserError(
             f"{where}: {len(levels)} deepstack_visual_indexes need more than "
             f"{config.num_hidden_layers} decoder layers"
         )
-    if round(entries**0.5) ** 2 != entries:
-        raise UserError(f"{where}: num_position_embeddings is {entries}, not a square")
     return check_sizes(config, where)
+
+
+def read_vision(vision: ConfigPart, deepstack: bool = True) -> VisionConfig:
+    """Sizes of the vision tower, also Qwen3.5's. deepstack: its indexes must be there. Raises
+    UserError."""
+    vision.allow("hidden_act", "gelu_pytorch_tanh")
+    depth, entries = vision.size("depth"), vision.size("num_position_embeddings")
+    if round(entries**0.5) ** 2 != entries:
+        raise UserError(f"{vision.where}: num_position_embeddings is {entries}, not a square")
+    levels = "deepstack_visual_indexes"
+    named = deepstack or vision.get(levels) is not None
+    return VisionConfig(
+        **shared_vision_fields(vision),
+        embed_dim=vision.size("hidden_size"),
+        hidden_size=vision.size("out_hidden_size"),
+        intermediate_size=vision.size("intermediate_size"),
+        patch_size=vision.size("patch_size", default=16),
+        num_position_embeddings=entries,
+        deepstack_visual_indexes=vision.indexes(levels, depth) if named else (),
+    )
 
 
 def mixer(config: QwenVLConfig, index: int) -> type[Attention]:

@@ -110,7 +110,7 @@ def reports():
 @pytest.fixture
 def exact_reference(monkeypatch):
     """transformers takes norms and vision rotations in float32 even in a float64 model."""
-    from tests.peer import NORMS
+    from tests.peer import NORMS, exact_qwen3_5
 
     def norm(self, x):
         return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -122,3 +122,4 @@ def exact_reference(monkeypatch):
 
         monkeypatch.setattr(getattr(code, name), "forward", norm)
         monkeypatch.setattr(code, "apply_rotary_pos_emb_vision", rotate)
+    exact_qwen3_5(monkeypatch)

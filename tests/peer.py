@@ -4,6 +4,7 @@ import torch
 import transformers
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from demo.published import config_dict
@@ -16,6 +17,42 @@ NORMS = {
     modeling_qwen2_5_vl: "Qwen2_5_VLRMSNorm",
     modeling_qwen3_vl: "Qwen3VLTextRMSNorm",
 }
+
+
+def token_by_token(query, key, value, g, beta, initial_state=None, **_):
+    """The gated delta rule as its equations are written, in the dtype of what comes: in place of
+    transformers' chunks, which are float32. (B, T, heads, D) each, g and beta (B, T, heads)."""
+    repeats = value.shape[2] // query.shape[2]
+    q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    q, k = (x.repeat_interleave(repeats, 2) for x in (q / q.shape[-1] ** 0.5, k))
+    state = value.new_zeros(*value.shape[::2], q.shape[-1], value.shape[-1])
+    state, outputs = state if initial_state is None else initial_state, []
+    for t in range(q.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        seen = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        correction = beta[:, t, :, None] * (value[:, t] - seen)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], correction)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, 1), state
+
+
+def exact_qwen3_5(monkeypatch):
+    """transformers' Qwen3.5 in float64 throughout."""
+    code, to_float32 = modeling_qwen3_5, torch.Tensor.float
+
+    def norm_and_gate(self, x, gate):
+        x = x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return self.weight * x * torch.nn.functional.silu(gate)
+
+    def rotate(q, k, cos, sin):
+        return code.apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", token_by_token)
+    monkeypatch.setattr(code.Qwen3_5RMSNormGated, "forward", norm_and_gate)
+    monkeypatch.setattr(code, "apply_rotary_pos_emb_vision", rotate)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x)
+    )
 
 
 def reference_model(model, dtype):

@@ -12,6 +12,7 @@ from models.prompt import Prompt, mrope_position_ids
 from models.qwen_vl import QwenVL
 
 IMAGE = 59
+LAYER_TYPES = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
 
 
 def tiny_config(tied: bool = True, kv_heads: int = 2, vocab: int = 64) -> QwenVLConfig:
@@ -79,7 +80,14 @@ def family_config(family: str, tied: bool = False) -> QwenVLConfig:
     top = {name: raw.pop(name) for name in [*upper, "tie_word_embeddings"]}
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     raw |= {"head_dim": 16, "rope_scaling": rope, "eos_token_id": top.pop("eos_token_id")}
-    tower |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 3]}
+    tower |= {"num_position_embeddings": 25}
+    if family == "qwen3_vl":
+        tower |= {"deepstack_visual_indexes": [0, 1, 3]}
+    else:  # 8 of 32 numbers are rotated; layers in no pattern; 2 heads of keys, 4 of values
+        rope |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+        raw |= {"head_dim": 32, "rope_scaling": rope, "layer_types": LAYER_TYPES}
+        raw |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        raw |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
     config = parse_config({**top, "text_config": raw, "vision_config": tower}, "tiny")
     assert config.tie_word_embeddings == tied
     return config

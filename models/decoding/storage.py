@@ -12,9 +12,27 @@ from models.four_bit import FourBitLinear
 from models.qwen_vl import QwenVL
 
 
-def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> QwenVL:
-    """Gives a model on the meta device uninitialized memory in `dtype`; returns the model."""
+def cast(model: QwenVL, dtype: torch.dtype) -> QwenVL:
+    """The model in `dtype`, but for the parameters that their modules name in FLOAT32: float32, or
+    a wider `dtype`."""
     model = model.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for module, names in float32_parameters(model).items():
+        for name in names:
+            parameter = getattr(module, name)
+            setattr(module, name, nn.Parameter(parameter.to(wide), parameter.requires_grad))
+    return model
+
+
+def float32_parameters(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Modules with parameters that are float32 whatever the model's dtype is, and their names."""
+    return {m: m.FLOAT32 for m in model.modules() if hasattr(m, "FLOAT32")}
+
+
+def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> QwenVL:
+    """Gives a model on the meta device uninitialized memory, `cast` to `dtype`; returns the
+    model."""
+    model = cast(model, dtype)
     for layer in model.model.layers:
         for linears in layer.joined:
             if isinstance(linears[0], FourBitLinear):

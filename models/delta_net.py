@@ -1,0 +1,288 @@
+"""The gated delta net (Yang et al. 2024, "Gated Delta Networks"): a mixer (models/mixer.py) whose
+memory of the past is one matrix for each head, however long that past is.
+
+`GatedDeltaNet` runs over packed sequences (models/delta_rule.py), `DeltaState` keeps each sample's
+matrices while completions are drawn, `DeltaStep` adds a token to each sample.
+
+A step that updated each matrix would read it, decay it and add to it: five times over its memory.
+Here a matrix stands for WINDOW tokens. Keys and corrections of the tokens since are kept beside it,
+as a chunk keeps them in training, and a step reads the matrix once; every WINDOW tokens they are
+added to it (`DeltaState.between`). That is 1 + 4 / WINDOW times over the matrices a token, and once
+over what is kept beside them.
+
+Shapes: T packed tokens; H heads of values on KH of keys, R = H / KH; Dk and Dv their dimensions; W
+columns of q | k | v; M entries of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import QwenVLConfig
+from models.decoding.product import Product
+from models.delta_rule import EPS, PackedChunks, delta_rule
+from models.mixer import Layout, Move
+from models.packed_attention import Bounds
+
+WINDOW = 16  # tokens
+
+
+class LayerState(NamedTuple):
+    """Of a layer's entries; all but columns in float32 or wider.
+
+    matrix: (slots, KH, Dk, R, Dv). Of the tokens since, by their number modulo WINDOW: keys,
+    (slots, KH, WINDOW, Dk); corrections, (slots, KH, R, WINDOW, Dv); decays, (slots, KH, R,
+    WINDOW), the sum of g from the matrix to the token, infinite where there is none. total: (slots,
+    KH, R), the newest of these. columns: (slots, kernel, W) in the model's dtype, what the
+    convolution takes, by the tokens' number modulo kernel.
+    """
+
+    matrix: Tensor
+    keys: Tensor
+    corrections: Tensor
+    decays: Tensor
+    total: Tensor
+    columns: Tensor
+
+
+def _shapes(config: QwenVLConfig, layout: Layout) -> LayerState:
+    """The shape of each part."""
+    heads, slots = config.delta, layout.slots
+    of_values = slots, heads.keys, heads.values // heads.keys
+    return LayerState(
+        matrix=(slots, heads.keys, heads.key_dim, of_values[2], heads.value_dim),
+        keys=(slots, heads.keys, WINDOW, heads.key_dim),
+        corrections=(*of_values, WINDOW, heads.value_dim),
+        decays=(*of_values, WINDOW),
+        total=of_values,
+        columns=(slots, heads.kernel, sum(heads.widths)),
+    )
+
+
+def _sizes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> list[int]:
+    """Bytes of each part, to multiples of 16."""
+    wide = torch.promote_types(dtype, torch.float32)
+    counts = [torch.Size(shape).numel() for shape in _shapes(config, layout)]
+    sizes = [count * wide.itemsize for count in counts[:-1]] + [counts[-1] * dtype.itemsize]
+    return [-(-size // 16) * 16 for size in sizes]
+
+
+class DeltaState:
+    """The matrices of each sample, which begin as its prompt's, and what is kept beside them.
+
+    Entry i of the batch is the i-th of each tensor.
+    """
+
+    def __init__(self, config: QwenVLConfig, layout: Layout, memory: Tensor, dtype: torch.dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        shapes, sizes = _shapes(config, layout), _sizes(config, layout, dtype)
+        self.layout, self.count, self.device = layout, layout.slots, memory.device
+        self.layers = []
+        for layer in memory.unbind():
+            parts = layer[: sum(sizes)].split(sizes)
+            dtypes = [wide] * (len(parts) - 1) + [dtype]
+            views = [
+                part.view(kind)[: torch.Size(shape).numel()].view(shape)
+                for part, kind, shape in zip(parts, dtypes, shapes, strict=True)
+            ]
+            self.layers.append(LayerState(*views))
+            self.layers[-1].decays.fill_(torch.inf)
+
+    @staticmethod
+    def nbytes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> int:
+        return sum(_sizes(config, layout, dtype))
+
+    def expect(self, first: int, lengths: list[int]) -> None:
+        self._expected = slice(first, first + len(lengths))
+
+    def store(self, layer: int, matrices: Tensor, columns: Tensor) -> None:
+        """matrices: (prompts, H, Dk, Dv). columns: (prompts, kernel - 1, W), before the
+        convolution."""
+        kept = self.layers[layer]
+        of_prompts = [x.unflatten(0, (-1, self.layout.group))[self._expected] for x in kept]
+        repeats = kept.matrix.shape[3]
+        of_prompts[0].copy_(matrices.unflatten(1, (-1, repeats)).transpose(2, 3)[:, None])
+        of_prompts[-1][:, :, 1:] = columns[:, None]
+
+    def index(self, slots: list[int], lengths: list[int], tokens: int) -> tuple[Tensor, ...]:
+        assert len(slots) == self.count  # entries follow each other in memory
+        return ()
+
+    def between(self, tokens: int) -> None:
+        if tokens == 0 or tokens % WINDOW:
+            return
+        for layer in self.layers:  # what is kept beside the matrices is added to them
+            matrix, keys, corrections, decays, total, _ = (x[: self.count] for x in layer)
+            weighed = corrections * (total[..., None] - decays).exp()[..., None]
+            weighed = weighed.transpose(2, 3).flatten(3).flatten(0, 1)  # (M KH, WINDOW, R Dv)
+            matrix.mul_(total.exp()[:, :, None, :, None])
+            matrix.flatten(3).flatten(0, 1).baddbmm_(keys.flatten(0, 1).mT, weighed)
+            decays.fill_(torch.inf)
+            total.zero_()
+
+    def shrink(self, move: Move, layout: Layout, tokens: int) -> None:
+        self.count = len(move.entries)
+        entries = torch.tensor(move.entries, device=self.device)
+        for kept in (x for layer in self.layers for x in layer):
+            kept[: self.count] = kept.index_select(0, entries)
+
+
+class Token(NamedTuple):
+    """Of one token: its number modulo WINDOW and modulo the kernel, (1,) int64 each; the
+    convolution's weights in the order in which columns lie, (layers, kernel, W) float32 or wider.
+    """
+
+    state: DeltaState
+    at: Tensor
+    ring: Tensor
+    conv: Tensor
+
+
+class DeltaStep:
+    """`GatedDeltaNet.forward` for one token of each sample, up to rounding."""
+
+    def __init__(self, config: QwenVLConfig, mixers: Sequence["GatedDeltaNet"], device):
+        heads = self.heads = config.delta
+        self.inputs = [Product.of(*mixer.inputs) for mixer in mixers]
+        self.out = [Product.of(mixer.out_proj) for mixer in mixers]
+        wide = torch.promote_types(mixers[0].conv1d.weight.dtype, torch.float32)
+        self.conv = torch.stack([mixer.conv1d.weight.squeeze(1).T for mixer in mixers]).to(wide)
+        self.rate = torch.stack([-mixer.A_log.to(wide).exp() for mixer in mixers])
+        self.bias = torch.stack([mixer.dt_bias.to(wide) for mixer in mixers])
+        self.norm = torch.stack([mixer.norm.weight.to(wide) for mixer in mixers])
+        self.eps = config.rms_norm_eps
+        self.ages = torch.arange(heads.kernel, device=device)
+        self.length = self.conv.new_full((heads.key_dim,), heads.key_dim**-0.5)
+        products = [x for product in (*self.inputs, *self.out) for x in product.tensors]
+        self.tensors = [*products, self.conv, self.rate, self.bias, self.norm]
+
+    def begin(
+        self,
+        state: DeltaState,
+        index: tuple[Tensor, ...],
+        positions: Tensor,
+        tokens: Tensor,
+        bound: int,
+    ) -> Token:
+        kernel = self.heads.kernel
+        order = kernel - 1 - (tokens - self.ages) % kernel
+        return Token(state, tokens % WINDOW, tokens % kernel, self.conv.index_select(1, order))
+
+    def __call__(self, layer: int, x: Tensor, residual: Tensor, token: Token) -> Tensor:
+        heads, count = self.heads, len(x)
+        kept = LayerState(*(part[:count] for part in token.state.layers[layer]))
+        wide, repeats = kept.total.dtype, heads.values // heads.keys
+        widths = (sum(heads.widths), heads.widths[2], 2 * heads.values)
+        columns, z, gates = self.inputs[layer](x).split(widths, 1)
+        # the convolution, over the newest columns in whatever order they lie
+        kept.columns.index_copy_(1, token.ring, columns[:, None])
+        mixed = F.silu((kept.columns * token.conv[layer]).sum(1))
+        qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
+        v = v.view(count, heads.keys, repeats, heads.value_dim)
+        # Of length 1: a norm whose mean is a sum. What q is divided by besides is left to the norm
+        # of the output, which does not see it but for its eps.
+        qk = qk.view(count, 2, heads.keys, -1).transpose(1, 2).contiguous()
+        qk = F.rms_norm(qk, qk.shape[3:], self.length, EPS / heads.key_dim).flatten(0, 1)
+        beta, a = gates.to(wide).view(count, 2, heads.keys, repeats).unbind(1)
+        g = F.softplus(a + self.bias[layer].view(1, heads.keys, -1))
+        kept.total.addcmul_(g, self.rate[layer].view(1, heads.keys, -1))
+        since = (kept.total[..., None] - kept.decays).exp()  # 0 for tokens that are not there
+        kept.decays.index_copy_(3, token.at, kept.total[..., None])
+        kept.keys.index_copy_(2, token.at, qk[:, 1].view(count, heads.keys, 1, -1))
+        # what q and k read: of the matrix, and of the tokens since, as in attention
+        of_matrix = torch.bmm(qk, kept.matrix.flatten(3).flatten(0, 1))
+        scores = torch.bmm(qk, kept.keys.flatten(0, 1).mT).view(count, heads.keys, 1, 2, WINDOW)
+        of_window = torch.bmm(
+            (scores * since[:, :, :, None]).flatten(0, 2), kept.corrections.flatten(0, 2)
+        )
+        of_matrix = of_matrix.view(count, heads.keys, 2, repeats, -1).transpose(2, 3)
+        of_window = of_window.view(count, heads.keys, repeats, 2, -1)
+        read = of_window.addcmul_(of_matrix, kept.total.exp()[..., None, None])
+        correction = (v - read[:, :, :, 1]).mul_(beta.sigmoid()[..., None])
+        kept.corrections.index_copy_(3, token.at, correction[:, :, :, None])
+        own = scores[..., 0, :].index_select(3, token.at)  # q . k
+        out = torch.addcmul(read[:, :, :, 0], own, correction).view(count, heads.values, -1)
+        out = F.rms_norm(out, out.shape[2:], self.norm[layer], self.eps * heads.key_dim)
+        out = out * F.silu(z.to(wide)).view_as(out)
+        return self.out[layer](out.to(x.dtype).flatten(1), add=residual)
+
+
+class GatedNorm(nn.Module):
+    """weight * (root-mean-square norm of each head) * silu(gate), in float32 at least.
+
+    FLOAT32: see models/decoding/storage.py.
+    """
+
+    FLOAT32 = ("weight",)
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """(T, H, D) float32 or wider, (T, H D) -> (T, H D) in the gate's dtype."""
+        x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).flatten(1)
+        return (x * F.silu(gate.to(x.dtype))).to(gate.dtype)
+
+
+class GatedDeltaNet(nn.Module):
+    """FLOAT32: parameters that are float32 whatever the model's dtype is, as published."""
+
+    NAME = "linear_attn"
+    JOINED = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
+    ADAPTED = ("in_proj_qkv", "in_proj_z", "out_proj")
+    FLOAT32 = ("A_log", "dt_bias")
+    State = DeltaState
+    Step = DeltaStep
+
+    def __init__(self, config: QwenVLConfig):
+        super().__init__()
+        width, heads = config.hidden_size, config.delta
+        self.heads, columns = heads, sum(heads.widths)
+        self.in_proj_qkv = nn.Linear(width, columns, bias=False)
+        self.in_proj_z = nn.Linear(width, heads.widths[2], bias=False)
+        self.in_proj_b = nn.Linear(width, heads.values, bias=False)
+        self.in_proj_a = nn.Linear(width, heads.values, bias=False)
+        self.conv1d = nn.Conv1d(columns, columns, heads.kernel, groups=columns, bias=False)
+        self.dt_bias = nn.Parameter(torch.ones(heads.values))
+        self.A_log = nn.Parameter(torch.zeros(heads.values))
+        self.norm = GatedNorm(heads.value_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(heads.widths[2], width, bias=False)
+
+    def initialize(self, generator: torch.Generator | None) -> None:
+        self.dt_bias.fill_(1.0)
+        self.A_log.uniform_(0.01, 16, generator=generator).log_()
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.JOINED[0]]
+
+    @staticmethod
+    def shared(
+        config: QwenVLConfig, position_ids: Tensor, bounds: Bounds, dtype: torch.dtype
+    ) -> PackedChunks:
+        return PackedChunks(bounds.rows, config.delta.kernel, bounds.device)
+
+    def forward(
+        self,
+        x: Tensor,
+        shared: PackedChunks,
+        store: Callable[[Tensor, Tensor], None] | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        columns, z, b, a = (linear(x) for linear in self.inputs)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
+        beta = b.to(wide).sigmoid()
+        conv = self.conv1d.weight.squeeze(1)
+        out, matrices = delta_rule(columns, g, beta, conv, shared, self.heads)
+        if store is not None:
+            index, real = shared.ends
+            store(matrices, columns[index] * real[..., None])
+        if read is not None:
+            out, z = out[read], z[read]
+        return self.out_proj(self.norm(out, z))

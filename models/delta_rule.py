@@ -1,0 +1,326 @@
+"""The gated delta rule over packed rows: a recurrence whose state is a matrix for each head.
+
+Each head has a state S, (Dk, Dv), which at each token forgets and is then corrected where the
+token's key points (Yang et al. 2024, "Gated Delta Networks", eq. 10):
+
+    S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - e^{g_t} S_{t-1}^T k_t))^T        o_t = S_t^T q_t
+
+q, k and v are columns of one projection after a causal convolution over time and SiLU; q and k have
+length 1, and q is divided by sqrt(Dk) besides. A row's prompt is computed once: its last state, and
+its last columns before the convolution, are where each of its completions begins, and in the
+backward pass the gradients of all completions arrive there.
+
+Sequences are cut into chunks (section 3.3 of the paper). Within a chunk everything is a product of
+matrices, for all chunks of all sequences at once; only the states go from chunk to chunk in turn.
+Of all this the backward pass keeps the inputs and a state for each chunk, and forms the rest again.
+The rule is computed in float32 at least, whatever the inputs are.
+
+Not here: one token at a time (models/delta_net.py).
+
+Shapes: T packed tokens; N chunks of L tokens; H heads of values on KH of keys, each for H / KH
+neighbours; Dk and Dv their dimensions; W = 2 KH Dk + H Dv columns of q | k | v.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.config import DeltaHeads
+from models.transfer import to_device
+
+CHUNK = 64  # tokens at most
+EPS = 1e-6  # added to the square of the length of q and k: padding is 0
+
+
+class Chunks(NamedTuple):
+    """Where the chunks of some sequences lie, longest sequence first: all first chunks, then all
+    second ones, and so on.
+
+    index: (N, kernel - 1 + L) int64: the packed positions of a chunk's tokens and of those before
+    it that the convolution sees. real: the same shape, bool, False where there is no such token.
+    counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
+    which of the states before it each sequence begins with; None for prompts, which begin with 0.
+    size: L.
+    """
+
+    index: Tensor
+    real: Tensor
+    counts: tuple[int, ...]
+    start: Tensor | None
+    size: int
+
+
+@dataclass(frozen=True)
+class PackedChunks:
+    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution."""
+
+    rows: tuple[tuple[int, ...], ...]
+    kernel: int
+    device: torch.device
+
+    @cached_property
+    def sequences(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """(tokens, first packed position, row) of the prompts, and of the completions; the longest
+        first."""
+        prompts, completions, begin = [], [], 0
+        for row, lengths in enumerate(self.rows):
+            for number, length in enumerate(lengths):
+                (completions if number else prompts).append((length, begin, row))
+                begin += length
+        longest_first = [sorted(some, key=lambda s: -s[0]) for some in (prompts, completions)]
+        return longest_first[0], [s for s in longest_first[1] if s[0]]
+
+    @cached_property
+    def _place(self) -> Tensor:
+        return torch.tensor([row for _, _, row in self.sequences[0]]).argsort()
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Where each row's prompt is in the order of `sequences`, (rows,) int64."""
+        return to_device(self._place, self.device)
+
+    @cached_property
+    def _on_host(self) -> list[Chunks]:
+        return [self._chunks(some) for some in self.sequences if some]
+
+    @cached_property
+    def chunks(self) -> list[Chunks]:
+        """Of the prompts, and of the completions if there are any."""
+
+        def moved(x):
+            return to_device(x, self.device) if isinstance(x, Tensor) else x
+
+        return [Chunks(*map(moved, part)) for part in self._on_host]
+
+    def _chunks(self, sequences: list[tuple[int, int, int]]) -> Chunks:
+        length, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
+        size = min(CHUNK, max(16, 1 << (sequences[0][0] - 1).bit_length()))
+        chunks = -(-length // size)
+        begin = torch.tensor([first for _, first, _ in self.sequences[0]])[self._place]
+        end = begin + torch.tensor([lengths[0] for lengths in self.rows])
+        shares = sequences is self.sequences[1]
+        index, real, counts = [], [], []
+        for i in range(int(chunks[0])):
+            counts.append(int((chunks > i).sum()))
+            at = i * size + torch.arange(1 - self.kernel, size)  # within each sequence
+            where, rows = first[: counts[-1], None] + at, row[: counts[-1], None]
+            if shares:  # what comes before a completion is its prompt's end
+                where = torch.where(at < 0, end[rows] + at, where)
+            index.append(where)
+            real.append((where >= begin[rows]) & (at < length[: counts[-1], None]))
+        real = torch.cat(real)
+        return Chunks(
+            index=torch.cat(index).masked_fill(~real, 0),
+            real=real,
+            counts=tuple(counts),
+            start=self._place[row] if shares else None,
+            size=size,
+        )
+
+    @cached_property
+    def found(self) -> Tensor:
+        """Where each packed token is in the chunks of the prompts and then of the completions, end
+        to end, (T,) int64."""
+        own, real = (
+            torch.cat([part[which][:, self.kernel - 1 :].flatten() for part in self._on_host])
+            for which in range(2)
+        )
+        found = torch.empty(sum(map(sum, self.rows)), dtype=torch.int64)
+        found[own[real]] = real.nonzero().squeeze(1)
+        return to_device(found, self.device)
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The packed positions of each prompt's last tokens that the convolution sees of the token
+        after it, (rows, kernel - 1) int64, and which of them exist."""
+        index, real = [], []
+        for length, first, _ in sorted(self.sequences[0], key=lambda s: s[2]):
+            at = first + length + torch.arange(1 - self.kernel, 0)
+            index.append(at.clamp(min=0))
+            real.append(at >= first)
+        return to_device(torch.stack(index), self.device), to_device(torch.stack(real), self.device)
+
+
+class Inside(NamedTuple):
+    """What a chunk makes of its tokens, whatever state it begins with, float32 or wider.
+
+    attn: (N, H, L, L), how much of each earlier token's correction an output reads. u: (N, H, L,
+    Dv), the corrections if the state were 0, and w: (N, H, L, Dk), what the state changes of them.
+    q: (N, H, L, Dk), what an output reads of the state. k: (N, H, L, Dk), what the corrections add
+    to the state. decay: (N, H, 1, 1), of the state.
+    """
+
+    attn: Tensor
+    u: Tensor
+    w: Tensor
+    q: Tensor
+    k: Tensor
+    decay: Tensor
+
+
+def inside(columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, heads: DeltaHeads) -> Inside:
+    """`Inside` of each chunk.
+
+    columns: (N, kernel - 1 + L, W), with those before each chunk. g, beta: (N, L, H). conv: (W,
+    kernel). All in float32 or wider, and 0 for padding, which then changes no state.
+    """
+    mixed = F.silu(F.conv1d(columns.mT, conv[:, None], groups=len(conv)))
+    q, k, v = (x.unflatten(1, (-1, 1, dim)).mT for x, dim in zip(
+        mixed.split(heads.widths, 1), (heads.key_dim, heads.key_dim, heads.value_dim), strict=True
+    ))  # fmt: skip
+    repeats = heads.values // heads.keys
+    v = v.flatten(1, 2).unflatten(1, (-1, repeats))  # (N, KH, H / KH, L, Dv), as all that follows
+    q, k = (x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt() for x in (q, k))
+    q = q * heads.key_dim**-0.5
+    g, beta = (x.mT.unflatten(1, (-1, repeats)) for x in (g, beta))
+    decayed = g.cumsum(-1)
+    size = g.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
+    between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
+    since = decayed.exp()[..., None]
+    right = torch.cat((v * beta[..., None], k * (beta[..., None] * since)), -1)
+    system = k @ k.mT * (between * beta[..., None])  # and 1 on its diagonal
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split((heads.value_dim, heads.key_dim), -1)
+    end = decayed[..., -1:]
+    parts = (q @ k.mT * between, u, w, q * since, k * (end - decayed).exp()[..., None])
+    return Inside(*(x.flatten(1, 2).contiguous() for x in (*parts, end.exp()[..., None])))
+
+
+def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From chunk to chunk. start: (sequences, H, Dk, Dv), overwritten.
+
+    Returns the states that chunks begin with, (N, H, Dk, Dv); those that sequences end with, in
+    place of `start`; and the corrections, (N, H, L, Dv), in place of part.u.
+    """
+    states = part.u.new_empty(*part.u.shape[:2], *start.shape[2:])
+    first = 0
+    for count in counts:
+        here, now = slice(first, first + count), start[:count]
+        states[here] = now
+        x = part.u[here].flatten(0, 1)
+        x.baddbmm_(part.w[here].flatten(0, 1), now.flatten(0, 1), alpha=-1)
+        now.mul_(part.decay[here]).flatten(0, 1).baddbmm_(part.k[here].flatten(0, 1).mT, x)
+        first += count
+    return states, start, part.u
+
+
+def back_through(
+    part: Inside, states: Tensor, counts: tuple[int, ...], grad: Tensor, end: Tensor
+) -> tuple[Inside, Tensor]:
+    """Gradients of `Inside`, and of the states that sequences begin with, in place of `end`.
+
+    grad: (N, H, L, Dv), of the outputs. end: (sequences, H, Dk, Dv), of the states that sequences
+    end with.
+    """
+    x = part.u - part.w @ states
+    grad_x = part.attn.mT @ grad  # what outputs of the chunk add; later ones come below
+    grad_states = torch.empty_like(states)  # of those that chunks end with
+    of_state = part.q.mT @ grad
+    first = sum(counts)
+    for count in reversed(counts):
+        first -= count
+        here, now = slice(first, first + count), end[:count]
+        grad_states[here] = now
+        of_x = grad_x[here].flatten(0, 1)
+        of_x.baddbmm_(part.k[here].flatten(0, 1), now.flatten(0, 1))
+        now.mul_(part.decay[here]).add_(of_state[here])
+        now.flatten(0, 1).baddbmm_(part.w[here].flatten(0, 1).mT, of_x, alpha=-1)
+    gradients = Inside(
+        attn=grad @ x.mT,
+        u=grad_x,
+        w=-(grad_x @ states.mT),
+        q=grad @ states.mT,
+        k=x @ grad_states.mT,
+        decay=(states * grad_states).sum((-2, -1), keepdim=True),
+    )
+    return gradients, end
+
+
+class DeltaRule(torch.autograd.Function):
+    """As `delta_rule`, but for the order of the states; these have no gradient."""
+
+    @staticmethod
+    def forward(ctx, columns, g, beta, conv, packed: PackedChunks, heads: DeltaHeads):
+        outputs, kept, ends = [], [], None
+        for part in packed.chunks:
+            inner = inside(*gathered(part, columns, g, beta, conv), heads)
+            shape = part.counts[0], heads.values, heads.key_dim, heads.value_dim
+            start = inner.u.new_zeros(shape) if part.start is None else ends[part.start]
+            states, end, x = through(inner, part.counts, start)
+            ends = end if part.start is None else ends
+            outputs.append((inner.q @ states + inner.attn @ x).transpose(1, 2).flatten(0, 1))
+            kept.append(states)
+            del inner, x
+        ctx.save_for_backward(columns, g, beta, conv, *kept)
+        ctx.packed, ctx.heads = packed, heads
+        ctx.mark_non_differentiable(ends)
+        return torch.cat(outputs)[packed.found], ends
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        columns, g, beta, conv, *kept = ctx.saved_tensors
+        chunks, found = ctx.packed.chunks, ctx.packed.found
+        sizes = [len(part.index) * part.size for part in chunks]
+        grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, found, grad)
+        grads = grads.split(sizes)
+        tail, end, of_tokens, of_tails, of_conv = ctx.heads.kernel - 1, None, [], [], 0
+        for part, states, of_outputs in reversed(list(zip(chunks, kept, grads, strict=True))):
+            with torch.enable_grad():
+                leaves = gathered(part, columns, g, beta, conv)
+                leaves = [x.detach().requires_grad_() for x in leaves]
+                inner = inside(*leaves, ctx.heads)
+            of_outputs = of_outputs.unflatten(0, (-1, part.size)).transpose(1, 2).contiguous()
+            of_start = states.new_zeros(part.counts[0], *states.shape[1:]) if end is None else end
+            gradients, of_start = back_through(
+                Inside(*(x.detach() for x in inner)), states, part.counts, of_outputs, of_start
+            )
+            if part.start is not None:  # where completions begin their prompts end
+                ends = states.new_zeros(chunks[0].counts[0], *states.shape[1:])
+                end = ends.index_put_((part.start,), of_start, accumulate=True)
+            of_columns, of_g, of_beta, more = torch.autograd.grad(inner, leaves, gradients)
+            of_conv = of_conv + more
+            own = of_columns[:, tail:], of_g, of_beta
+            of_tokens.append([x.flatten(0, 1) for x in own])
+            before = part.real[:, :tail]
+            of_tails.append((part.index[:, :tail], of_columns[:, :tail] * before[..., None]))
+            del inner, gradients
+        of_columns, of_g, of_beta = (
+            torch.cat(list(reversed(x)))[found] for x in zip(*of_tokens, strict=True)
+        )
+        for index, values in of_tails:
+            of_columns.index_put_((index.flatten(),), values.flatten(0, 1), accumulate=True)
+        of_columns, of_conv = of_columns.to(columns.dtype), of_conv.to(conv.dtype)
+        return of_columns, of_g.to(g.dtype), of_beta.to(beta.dtype), of_conv, None, None
+
+
+def gathered(
+    part: Chunks, columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `inside` takes of packed tensors, 0 for padding, all in float32 at least."""
+    wide = torch.promote_types(columns.dtype, torch.float32)
+    tail = conv.shape[1] - 1
+    own, real = part.index[:, tail:], part.real[:, tail:, None]
+    return (
+        columns[part.index].to(wide) * part.real[..., None],
+        g[own].to(wide) * real,
+        beta[own].to(wide) * real,
+        conv.to(wide),
+    )
+
+
+def delta_rule(
+    columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, packed: PackedChunks, heads: DeltaHeads
+) -> tuple[Tensor, Tensor]:
+    """The outputs of packed rows, (T, H, Dv), and the states that their prompts end with, (rows, H,
+    Dk, Dv), both float32 or wider.
+
+    columns: (T, W), q | k | v before the convolution. g: (T, H), the logarithm of the decay, at
+    most 0. beta: (T, H), 0 to 1. conv: (W, kernel), the last for the token itself.
+    """
+    out, states = DeltaRule.apply(columns, g, beta, conv, packed, heads)
+    return out, states[packed.place]
