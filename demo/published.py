@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
+IN_FLOAT32 = (".A_log", ".linear_attn.norm.weight")  # whatever the other weights are
 # Keys of config.json that are attributes of our config, by the same names.
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 DECODER = (
@@ -96,7 +97,9 @@ def save_model(model: QwenVL, folder: Path, dtype: torch.dtype = torch.float32) 
     config = config_dict(model.config, str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {
-        published_name(name, model.config): weight.detach().to(dtype)
+        published_name(name, model.config): weight.detach().to(
+            torch.float32 if name.endswith(IN_FLOAT32) else dtype
+        )
         for name, weight in model.named_parameters()
     }
     save_tensors(weights, folder)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import qwen2_vl
+from models import delta_net, qwen2_vl
 from models.attention import Attention
+from models.config import DeltaHeads
 from models.decoding.cache import Cache, cache_bytes
 from models.decoding.draw import Sampling
 from models.decoding.generate import generate
@@ -20,6 +21,7 @@ from models.decoding.product import Product, joined
 from models.decoding.rectangle import SHAPES, HalvedRectangle, Rectangle, SmallestRectangle
 from models.decoding.step import DecodeStep
 from models.decoding.storage import allocate
+from models.delta_net import GatedDeltaNet
 from models.families import FAMILIES
 from models.lora import LoRA
 from models.mixer import Layout
@@ -65,6 +67,9 @@ class DecayState:
     def index(self, slots, lengths, tokens):
         assert len(slots) == self.count
         return ()
+
+    def between(self, tokens):
+        pass
 
     def shrink(self, move, layout, tokens):
         self.count = len(move.entries)
@@ -149,7 +154,10 @@ KINDS = {
     "first attention": (Attention, Decay, Decay),
     "no attention": (Decay, Decay, Decay),
     "attention": (Attention, Attention, Attention),
+    "delta": (GatedDeltaNet, GatedDeltaNet, GatedDeltaNet),
+    "three kinds": (GatedDeltaNet, Attention, Decay),
 }
+DELTA = DeltaHeads(keys=2, values=6, key_dim=5, value_dim=7, kernel=4)
 by_kinds = pytest.mark.parametrize("kinds", KINDS)
 
 
@@ -164,7 +172,7 @@ def mixed(monkeypatch):
             mixer=lambda config, index: KINDS[kinds][index],
         )
         monkeypatch.setitem(FAMILIES, "mixed", family)
-        return replace(tiny_config(), family="mixed", **changes)
+        return replace(tiny_config(), family="mixed", delta=DELTA, **changes)
 
     return config
 
@@ -239,7 +247,9 @@ def drawn_and_expected(model, prompts, group, sampling, seed=0):
 def test_what_is_drawn_has_the_log_probs_of_the_packed_pass(
     mixed, monkeypatch, kinds, shapes, adapters
 ):
-    """Prompts prefilled in parts; samples that end at different times; adapters beside weights."""
+    """Prompts prefilled in parts; samples that end at different times; adapters beside weights;
+    matrices that are added to every few tokens."""
+    monkeypatch.setattr(delta_net, "WINDOW", 4)
     monkeypatch.setitem(SHAPES, "cpu", shapes)
     model = tiny_model(mixed(kinds, qk_norm=True, head_dim=12), torch.float64)
     if adapters:
@@ -271,19 +281,21 @@ def step_cases():
         for shapes in (SmallestRectangle(), HalvedRectangle()):
             for kind, qk_norm in ((Attention, False), (Attention, True), (Decay, False)):
                 yield seed, shapes, kind, qk_norm
+            yield seed, shapes, GatedDeltaNet, False
 
 
 @pytest.mark.parametrize("seed, shapes, kind, qk_norm", step_cases())
-def test_samples_that_end_leave_the_others_as_they_are(seed, shapes, kind, qk_norm):
+def test_samples_that_end_leave_the_others_as_they_are(monkeypatch, seed, shapes, kind, qk_norm):
     """The rectangle shrinks, prompts leave it, slots stay empty: each sample sees its own tokens.
 
     Each step beside the packed pass over a sample's whole sequence by itself, in float64, but for
     the weights of the norms of q and k, which a step multiplies into its float32 rotation.
     """
+    monkeypatch.setattr(delta_net, "WINDOW", 4)
     exact = 1e-6 if qk_norm else 1e-11
     torch.manual_seed(seed)
     chance, lengths, group, steps = random.Random(seed), [5, 3, 7], 4, 9
-    config = replace(tiny_config(), hidden_size=24, head_dim=12, qk_norm=qk_norm)
+    config = replace(tiny_config(), hidden_size=24, head_dim=12, qk_norm=qk_norm, delta=DELTA)
     mixers = [kind(config).double().requires_grad_(False) for _ in range(2)]
     for parameter in (p for mixer in mixers for p in mixer.parameters()):
         parameter.normal_(0, 0.4)
@@ -316,6 +328,7 @@ def test_samples_that_end_leave_the_others_as_they_are(seed, shapes, kind, qk_no
         x = torch.randn(len(samples), 24, dtype=torch.float64)
         residual = torch.randn_like(x)
         positions = torch.tensor([lengths[b] + step for b in prompts])
+        state.between(step)
         shared = step_of.begin(state, index, positions, torch.tensor([step]), step + 1)
         found = [step_of(layer, x, residual.clone(), shared) - residual for layer in range(2)]
         for entry, sample in enumerate(samples):

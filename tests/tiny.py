@@ -7,6 +7,7 @@ import torch
 from grpo.loss import Tokens
 from grpo.rollout import Draw, Group
 from models.config import QwenVLConfig
+from models.decoding.storage import cast
 from models.families import parse_config
 from models.prompt import Prompt, mrope_position_ids
 from models.qwen_vl import QwenVL
@@ -98,7 +99,7 @@ def tiny_model(
 ) -> QwenVL:
     """Random weights, `scale` times larger than at a training's start, so that they matter."""
     torch.manual_seed(seed)
-    model = QwenVL(config).to(dtype).initialize()
+    model = cast(QwenVL(config), dtype).initialize()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

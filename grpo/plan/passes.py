@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from grpo.plan.sizes import count
 from models.config import QwenVLConfig
+from models.decoding.storage import cast
 from models.lora import LoRA, check_fit
 from models.qwen_vl import QwenVL
 
@@ -151,7 +152,7 @@ class Skeleton:
                 self.model.adapt(lora)
         if adapter is not None:
             check_fit(Path(adapter), self.model)
-        self.model.to(torch.bfloat16 if bf16 else torch.float32)
+        cast(self.model, torch.bfloat16 if bf16 else torch.float32)
         self.config, self.device, self.kernel = config, device, kernel
         self.counts = count(self.model)
         self.layers, self.blocks = list(self.model.model.layers), list(self.model.visual.blocks)
@@ -276,7 +277,10 @@ def decoder_holds(model: Skeleton, rows: Rows, checkpointing: bool) -> DecoderHo
     total = last_kept = kept([last], read)
     layer = first_layer = 0
     for other, times in kinds(others).items():
-        total += times * (kept([other, last], read) - last_kept)
+        one = kept([other, last], read)  # with what all layers of a kind share
+        total += one - last_kept
+        if times > 1:
+            total += (times - 1) * (kept([other, other, last], read) - one)
         most = backward(other, None)
         layer, first_layer = max(layer, most - kept([other], None)), max(first_layer, most)
     return DecoderHolds(total, last_kept, backward(last, read) - last_kept, layer, first_layer)

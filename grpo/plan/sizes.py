@@ -34,7 +34,8 @@ class Counts:
     """Numbers in parts of a model; adapters count for themselves alone.
 
     whole: all; of it vision: the vision tower; in_layers: all decoder layers and vision blocks;
-    largest_layer: one of these; decoder_matrices: the matrices of the decoder's layers. adapters,
+    largest_layer: one of these; decoder_matrices: the linear layers' of
+    the decoder. adapters,
     and adapted: the weights that they belong to. padding: what `adamw_8bit` adds to the rows of all
     matrices, to fill whole blocks.
     """
@@ -59,7 +60,7 @@ def count(model: QwenVL) -> Counts:
         vision=numbers(own(model.visual)),
         in_layers=sum(numbers(own(layer)) for layer in layers),
         largest_layer=max(numbers(own(layer)) for layer in layers),
-        decoder_matrices=numbers(p for p in own(model.model.layers) if p.ndim > 1),
+        decoder_matrices=numbers(p for p in own(model.model.layers) if p.ndim == 2),
         adapters=numbers(p for layer in adapted for p in (layer.lora_A, layer.lora_B)),
         adapted=numbers(layer.weight for layer in adapted),
         padding=sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices),

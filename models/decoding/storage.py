@@ -13,20 +13,21 @@ from models.qwen_vl import QwenVL
 
 
 def cast(model: QwenVL, dtype: torch.dtype) -> QwenVL:
-    """The model in `dtype`, but for the parameters that their modules name in FLOAT32: float32, or
-    a wider `dtype`."""
-    model = model.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    for module, names in float32_parameters(model).items():
-        for name in names:
-            parameter = getattr(module, name)
-            setattr(module, name, nn.Parameter(parameter.to(wide), parameter.requires_grad))
+    """The model in `dtype`, but for its `float32_names`: in float32, or a wider `dtype`."""
+    wide, kept = torch.promote_types(dtype, torch.float32), float32_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.to(wide if name in kept else dtype)
     return model
 
 
-def float32_parameters(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Modules with parameters that are float32 whatever the model's dtype is, and their names."""
-    return {m: m.FLOAT32 for m in model.modules() if hasattr(m, "FLOAT32")}
+def float32_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that are float32 whatever the model's dtype is: those that their
+    modules name in FLOAT32."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "FLOAT32", ())
+    }
 
 
 def allocate(model: QwenVL, dtype: torch.dtype, device: torch.device | str) -> QwenVL:
