@@ -19,6 +19,7 @@ import models.decoding.graphs
 from models.decoding.draw import Sampling
 from models.decoding.generate import generate
 from models.decoding.graphs import Graphs
+from models.decoding.storage import cast
 from models.families import FAMILIES
 from models.lora import LoRA
 from tests.tiny import family_config, tiny_model, tiny_prompt
@@ -27,14 +28,18 @@ OPERATIONS, WAITS = torch._rehearsal
 SHORT, LONG, GROUP = 33, 97, 4  # tokens: both end with a look at what has ended
 
 
-def make(family: str, layers: int, adapters: bool = False):
-    model = tiny_model(replace(family_config(family), num_hidden_layers=layers), torch.float32)
+def make(family: str, layers: int, adapters: bool = False, kind: str | None = None):
+    """kind: of all layers, where a family has several; None takes them in turn."""
+    config = family_config(family)
+    types = layers * config.layer_types if kind is None else layers * (kind,)
+    config = replace(config, num_hidden_layers=layers, layer_types=types[:layers])
+    model = tiny_model(config, torch.float32)
     if adapters:
         model.adapt(LoRA(4, 8.0))
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
-    return model.to("cuda", torch.bfloat16)
+    return cast(model, torch.bfloat16).to("cuda")
 
 
 def prompts_of(model):
@@ -62,8 +67,8 @@ def per_token(model) -> tuple[Counter, float]:
     return Counter({n: c / between for n, c in long.items()}), sum(many.values()) / between
 
 
-def launches(family: str, adapters: bool) -> dict:
-    (small, waits), (large, _) = (per_token(make(family, n, adapters)) for n in (4, 8))
+def launches(family: str, adapters: bool, kind: str | None = None) -> dict:
+    (small, waits), (large, _) = (per_token(make(family, n, adapters, kind)) for n in (4, 8))
     layer = (sum(large.values()) - sum(small.values())) / 4
     return {"layer": layer, "rest": sum(small.values()) - 4 * layer, "waits": waits}
 
@@ -91,12 +96,15 @@ def captured(family: str, adapters: bool) -> dict:
 
 
 def main() -> None:
-    cases = [(family, False) for family in FAMILIES] + [("qwen2_5_vl", True)]
+    cases = [(family, False) for family in FAMILIES]
+    cases += [("qwen2_5_vl", True), ("qwen3_5", True)]
     found = {
         family + " with adapters" * adapters: launches(family, adapters)
         | captured(family, adapters)
         for family, adapters in cases
     }
+    for kind in ("full_attention", "linear_attention"):
+        found[f"qwen3_5 {kind}"] = launches("qwen3_5", False, kind)
     print(json.dumps(found))
 
 
