@@ -169,26 +169,33 @@ def inside(columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, heads: DeltaH
     kernel). All in float32 or wider, and 0 for padding, which then changes no state.
     """
     mixed = F.silu(F.conv1d(columns.mT, conv[:, None], groups=len(conv)))
-    q, k, v = (x.unflatten(1, (-1, 1, dim)).mT for x, dim in zip(
-        mixed.split(heads.widths, 1), (heads.key_dim, heads.key_dim, heads.value_dim), strict=True
-    ))  # fmt: skip
+    of_qk, of_v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
+    of_qk = of_qk.unflatten(1, (2, heads.keys, heads.key_dim))
+    of_qk = of_qk * (of_qk.square().sum(3, keepdim=True) + EPS).rsqrt()
+    q, k = of_qk.permute(1, 0, 2, 4, 3).contiguous().unbind()  # (N, KH, L, Dk)
     repeats = heads.values // heads.keys
-    v = v.flatten(1, 2).unflatten(1, (-1, repeats))  # (N, KH, H / KH, L, Dv), as all that follows
-    q, k = (x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt() for x in (q, k))
-    q = q * heads.key_dim**-0.5
+    of_q, of_k = ((x @ k.mT)[:, :, None] for x in (q, k))
+    q, k = q[:, :, None], k[:, :, None]  # (N, KH, H / KH, ...), as all that follows
+    v = of_v.unflatten(1, (heads.keys, repeats, heads.value_dim)).mT
     g, beta = (x.mT.unflatten(1, (-1, repeats)) for x in (g, beta))
-    decayed = g.cumsum(-1)
-    size = g.shape[-1]
+    decayed, size = g.cumsum(-1), g.shape[-1]
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
     between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
-    since = decayed.exp()[..., None]
-    right = torch.cat((v * beta[..., None], k * (beta[..., None] * since)), -1)
-    system = k @ k.mT * (between * beta[..., None])  # and 1 on its diagonal
+    since, end = decayed.exp(), decayed[..., -1:]
+    right = torch.cat((v * beta[..., None], k * (beta * since)[..., None]), -1)
+    system = of_k * (between * beta[..., None])  # and 1 on its diagonal
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     u, w = solved.split((heads.value_dim, heads.key_dim), -1)
-    end = decayed[..., -1:]
-    parts = (q @ k.mT * between, u, w, q * since, k * (end - decayed).exp()[..., None])
-    return Inside(*(x.flatten(1, 2).contiguous() for x in (*parts, end.exp()[..., None])))
+    scale = heads.key_dim**-0.5
+    parts = Inside(
+        attn=of_q * (between * scale),
+        u=u,
+        w=w,
+        q=q * (since * scale)[..., None],
+        k=k * (end - decayed).exp()[..., None],
+        decay=end.exp()[..., None],
+    )
+    return Inside(*(x.flatten(1, 2).contiguous() for x in parts))
 
 
 def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,11 +311,11 @@ def gathered(
     """What `inside` takes of packed tensors, 0 for padding, all in float32 at least."""
     wide = torch.promote_types(columns.dtype, torch.float32)
     tail = conv.shape[1] - 1
-    own, real = part.index[:, tail:], part.real[:, tail:, None]
+    own, padding = part.index[:, tail:], ~part.real[..., None]
     return (
-        columns[part.index].to(wide) * part.real[..., None],
-        g[own].to(wide) * real,
-        beta[own].to(wide) * real,
+        columns[part.index].to(wide).masked_fill_(padding, 0),
+        g[own].to(wide).masked_fill_(padding[:, tail:], 0),
+        beta[own].to(wide).masked_fill_(padding[:, tail:], 0),
         conv.to(wide),
     )
 
