@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.config import QwenVLConfig
 from models.decoding.product import Product
-from models.delta_rule import EPS, PackedChunks, delta_rule
+from models.delta_rule import EPS, PackedChunks, delta_rule, last_columns, packed_chunks
 from models.mixer import Layout, Move
 from models.packed_attention import Bounds
 
@@ -275,13 +275,13 @@ class GatedDeltaNet(nn.Module):
     @staticmethod
     def shared(
         config: QwenVLConfig, position_ids: Tensor, bounds: Bounds, dtype: torch.dtype
-    ) -> PackedChunks:
-        return PackedChunks(bounds.rows, config.delta.kernel, bounds.device)
+    ) -> list[PackedChunks]:
+        return packed_chunks(bounds.rows, config.delta.kernel, bounds.device)
 
     def forward(
         self,
         x: Tensor,
-        shared: PackedChunks,
+        shared: list[PackedChunks],
         store: Callable[[Tensor, Tensor], None] | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
@@ -292,8 +292,7 @@ class GatedDeltaNet(nn.Module):
         conv = self.conv1d.weight.squeeze(1)
         out, matrices = delta_rule(columns, g, beta, conv, shared, self.heads)
         if store is not None:
-            index, real = shared.ends
-            store(matrices, columns[index] * real[..., None])
+            store(matrices, last_columns(columns, shared))
         if read is not None:
             out, z = out[read], z[read]
         return self.out_proj(self.norm(out, z))

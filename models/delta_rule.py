@@ -21,6 +21,7 @@ Shapes: T packed tokens; N chunks of L tokens; H heads of values on KH of keys, 
 neighbours; Dk and Dv their dimensions; W = 2 KH Dk + H Dv columns of q | k | v.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from models.config import DeltaHeads
 from models.transfer import to_device
 
 CHUNK = 64  # tokens at most
+AT_ONCE = 4096  # tokens of rows that are computed together, unless one row is longer
 EPS = 1e-6  # added to the square of the length of q and k: padding is 0
 
 
@@ -56,11 +58,18 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedChunks:
-    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution."""
+    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution. first:
+    where these rows begin in a longer packed tensor."""
 
     rows: tuple[tuple[int, ...], ...]
     kernel: int
     device: torch.device
+    first: int = 0
+
+    @property
+    def tokens(self) -> slice:
+        """Those of these rows in the longer tensor."""
+        return slice(self.first, self.first + sum(map(sum, self.rows)))
 
     @cached_property
     def sequences(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
@@ -320,8 +329,32 @@ def gathered(
     )
 
 
+def packed_chunks(
+    rows: Sequence[tuple[int, ...]], kernel: int, device: torch.device
+) -> list[PackedChunks]:
+    """The rows in as few parts as AT_ONCE allows, so that what a part forms for a moment is little
+    beside what a pass keeps."""
+    parts, first, tokens = [[]], 0, 0
+    for row in rows:
+        if parts[-1] and tokens + sum(row) > AT_ONCE:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += sum(row)
+    made = []
+    for part in parts:
+        made.append(PackedChunks(tuple(part), kernel, device, first))
+        first = made[-1].tokens.stop
+    return made
+
+
 def delta_rule(
-    columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, packed: PackedChunks, heads: DeltaHeads
+    columns: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    conv: Tensor,
+    parts: Sequence[PackedChunks],
+    heads: DeltaHeads,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of packed rows, (T, H, Dv), and the states that their prompts end with, (rows, H,
     Dk, Dv), both float32 or wider.
@@ -329,5 +362,17 @@ def delta_rule(
     columns: (T, W), q | k | v before the convolution. g: (T, H), the logarithm of the decay, at
     most 0. beta: (T, H), 0 to 1. conv: (W, kernel), the last for the token itself.
     """
-    out, states = DeltaRule.apply(columns, g, beta, conv, packed, heads)
-    return out, states[packed.place]
+    outputs, states = [], []
+    for part in parts:
+        of_part = (x[part.tokens] for x in (columns, g, beta))
+        out, ends = DeltaRule.apply(*of_part, conv, part, heads)
+        outputs.append(out)
+        states.append(ends[part.place])
+    return torch.cat(outputs), torch.cat(states)
+
+
+def last_columns(columns: Tensor, parts: Sequence[PackedChunks]) -> Tensor:
+    """(rows, kernel - 1, W): of each prompt's last tokens, 0 where it has fewer."""
+    return torch.cat(
+        [columns[part.tokens][part.ends[0]] * part.ends[1][..., None] for part in parts]
+    )

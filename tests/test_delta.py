@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from models import delta_net
+from models import delta_rule as delta_rule_file
 from models.config import DeltaHeads
 from models.decoding.draw import Sampling
 from models.decoding.storage import cast
-from models.delta_rule import PackedChunks, delta_rule
+from models.delta_rule import delta_rule, packed_chunks
 from models.layers import ZeroCentredRMSNorm
 from tests.test_mixers import drawn_and_expected
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
@@ -81,15 +82,19 @@ def one_by_one(leaves, rows, heads):
     return torch.cat(outputs), torch.stack(states)
 
 
+@pytest.mark.parametrize("at_once", [4096, 100])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_packed_rows_equal_the_recurrence_on_copies_of_each_prompt(rows, heads):
+def test_packed_rows_equal_the_recurrence_on_copies_of_each_prompt(
+    monkeypatch, rows, heads, at_once
+):
     """Outputs, states and every gradient; those of all completions reach their prompt."""
+    monkeypatch.setattr(delta_rule_file, "AT_ONCE", at_once)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
     expected, last = one_by_one(leaves, rows, heads)
     direction = torch.randn(expected.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * direction).sum(), leaves)
-    packed = PackedChunks(rows, heads.kernel, CPU)
+    packed = packed_chunks(rows, heads.kernel, CPU)
     out, states = delta_rule(*leaves, packed, heads)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(states, last, atol=1e-12, rtol=1e-12)
@@ -102,7 +107,7 @@ def test_a_prompts_gradient_comes_from_its_completions():
     """Also where only completions are looked at, through the state and through the convolution."""
     heads, rows = HEADS["one key head for two"], ((3, 2, 5),)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
-    out, _ = delta_rule(*leaves, PackedChunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(*leaves, packed_chunks(rows, heads.kernel, CPU), heads)
     gradient, *_ = torch.autograd.grad(out[3:].sum(), leaves)
     assert (gradient[:3].abs().amax(1) > 1e-6).all()
 
@@ -112,7 +117,7 @@ def test_columns_of_zeros_have_a_finite_gradient():
     heads, rows = HEADS["one key head for two"], ((4, 3),)
     columns, g, beta, conv = inputs(rows, heads)
     columns = torch.zeros_like(columns).requires_grad_()
-    out, _ = delta_rule(columns, g, beta, conv, PackedChunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(columns, g, beta, conv, packed_chunks(rows, heads.kernel, CPU), heads)
     (gradient,) = torch.autograd.grad(out.sum(), columns)
     assert out.abs().max() == 0 and gradient.isfinite().all()
 
@@ -125,7 +130,7 @@ def test_a_decay_to_nothing_is_no_overflow():
     leaves[1] = torch.where(torch.rand_like(leaves[1]) < 0.2, -500.0, leaves[1])
     expected, _ = one_by_one(leaves, rows, heads)
     leaves = [x.float().requires_grad_() for x in leaves]
-    out, _ = delta_rule(*leaves, PackedChunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(*leaves, packed_chunks(rows, heads.kernel, CPU), heads)
     torch.testing.assert_close(out.double(), expected, atol=1e-3, rtol=1e-3)
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in leaves)
@@ -136,7 +141,7 @@ def test_half_precision_comes_in_and_float32_goes_on():
     heads, rows = HEADS["one key head for two"], ((100, 30, 20),)
     columns, g, beta, conv = inputs(rows, heads)
     columns, conv = columns.bfloat16().requires_grad_(), conv.bfloat16().requires_grad_()
-    packed = PackedChunks(rows, heads.kernel, CPU)
+    packed = packed_chunks(rows, heads.kernel, CPU)
     out, states = delta_rule(columns, g.float(), beta.float(), conv, packed, heads)
     expected, _ = one_by_one([columns.double(), g, beta, conv.double()], rows, heads)
     assert out.dtype == states.dtype == torch.float32
