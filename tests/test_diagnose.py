@@ -36,8 +36,8 @@ def record(accuracy=0.0, layout=1.0, answer="tulip", truth="rose", why="wrong cl
     return Record(**(fields | more))
 
 
-def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES):
-    return grpo.run.diagnose.Watch(after, weights, failures, state, advice)
+def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES, thought="open"):
+    return grpo.run.diagnose.Watch(after, weights, failures, state, advice, thought)
 
 
 def step_metrics(rows, weights=WEIGHTS, failures=FAILURES):
@@ -49,8 +49,8 @@ def groups(rows):
     return [SimpleNamespace(records=records) for records in rows]
 
 
-def look(watch, step, rows, hints=()):
-    return watch.look(step, groups(rows), lambda groups, task: hints, None)
+def look(watch, step, rows, hints=(), task=None):
+    return watch.look(step, groups(rows), lambda groups, task: hints, task)
 
 
 def lively(**more):
@@ -220,6 +220,42 @@ def test_hints_of_the_script_are_causes_of_the_main_term_only():
     assert f"usual causes:\n  {hint}" in said[LOW] and f"\n  {hint}" in said[DEAD]
     assert hint not in said["diagnosis/format/at_minimum"]
     assert "`1` for `rose`" not in said["diagnosis/format/at_minimum"]
+
+
+FORMAT_LOW = "diagnosis/format/at_minimum"
+
+
+@pytest.mark.parametrize(
+    "thought, wanted, said",
+    [
+        ("closed", "answer", "3 of 4 answers open another: --answer_format answer does not pay"),
+        ("closed", "think", "1 of 4 answers open no other: --answer_format think pays for one"),
+        ("opened", "think", None),
+        ("open", "answer", None),
+    ],
+)
+def test_answers_that_open_a_thought_after_a_closed_one_are_counted(thought, wanted, said):
+    """Over all steps, for every term that is flat: it is the prompt's matter, not the script's."""
+    bare = "<answer>tulip</answer>"
+    rows = [[record(layout=0.0, answer="a"), record(layout=0.0, accuracy=1.0)]]
+    later = [[record(layout=0.0, completion=bare), record(layout=0.0, accuracy=1.0)]]
+    watch, task = Watch(2, thought=thought), SimpleNamespace(answer_format=wanted)
+    assert look(watch, 1, rows, ["a hint"], task) == {}
+    found = look(watch, 2, later, ["a hint"], task)
+    assert set(found) == {FORMAT_LOW}
+    text = found[FORMAT_LOW]
+    assert "a hint" not in text
+    if said:
+        assert f"usual causes:\n  the prompt has closed the thought, and {said}" in text
+    else:
+        assert "has closed" not in text
+
+
+def test_a_few_thoughts_of_their_own_are_no_cause():
+    bare = record(layout=0.0, completion="<answer>tulip</answer>")
+    rows = [[bare] * 10 + [record(layout=0.0, accuracy=1.0)]]
+    found = look(Watch(1, thought="closed"), 1, rows, (), SimpleNamespace(answer_format="answer"))
+    assert "has closed" not in found[FORMAT_LOW]
 
 
 def test_the_completion_shown_failed_for_the_most_frequent_reason():
