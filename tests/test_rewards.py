@@ -482,7 +482,9 @@ def test_a_megabyte_earns_nothing_and_comes_back(name):
         assert accuracy_reward(text, "tulip", {"tulip": ["lily"]}) == 0.0
         assert accuracy_reward(text, "tulip", match="visual_rft") == 0.0
         format_reward(text, "answer")
-    assert format_reward(HUGE[name]) == format_reward(HUGE[name], "answer") == 0.0
+    assert format_reward(HUGE[name]) == 0.0
+    alone = HUGE[name].startswith("<answer>") and find_answer(HUGE[name])[0] is not None
+    assert format_reward(HUGE[name], "answer") == alone
     normalize(HUGE[name])
 
 
