@@ -279,11 +279,11 @@ def test_a_short_run_of_each_script(checkpoints, tmp_path, name, case):
 def test_the_diagnosis_knows_that_the_prompt_has_closed_the_thought(checkpoints, tmp_path, capsys):
     more = ["--diagnose_after", "2"]
     train(tmp_path / "run", *flags(checkpoints["cls"], "cls", *more))
-    said = "the prompt has closed the thought, and 16 of 16 answers open another: "
-    said += "--answer_format answer does not pay for it"
+    said = "the prompt has closed the thought, and 16 answers open another since step 1 "
     text = capsys.readouterr().out
-    assert "format has been 0, its minimum" in text and said in text
+    assert "format has been 0, its minimum" in text and f"diagnosis: {said}" in text
     assert said in (tmp_path / "run" / "diagnosis.txt").read_text()
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[2]["diagnosis/another_thought"] == 1
 
 
 @pytest.mark.slow
