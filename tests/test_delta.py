@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from models import delta_net
-from models import delta_rule as delta_rule_file
+from models import packed_chunks as chunks_file
 from models.config import DeltaHeads
 from models.decoding.draw import Sampling
 from models.decoding.storage import cast
-from models.delta_rule import delta_rule, packed_chunks
+from models.delta_rule import delta_rule
 from models.layers import ZeroCentredRMSNorm
+from models.packed_chunks import packed_chunks
 from tests.test_mixers import drawn_and_expected
 from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
 
@@ -89,7 +90,7 @@ def test_packed_rows_equal_the_recurrence_on_copies_of_each_prompt(
     monkeypatch, rows, heads, at_once
 ):
     """Outputs, states and every gradient; those of all completions reach their prompt."""
-    monkeypatch.setattr(delta_rule_file, "AT_ONCE", at_once)
+    monkeypatch.setattr(chunks_file, "AT_ONCE", at_once)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
     expected, last = one_by_one(leaves, rows, heads)
     direction = torch.randn(expected.shape, dtype=torch.float64)
