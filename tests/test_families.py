@@ -204,6 +204,9 @@ def test_published_sizes_have_the_shapes_of_transformers(name):
         peer = transformers.AutoModelForImageTextToText.from_config(config)
     own = {n: p.shape for n, p in model.named_parameters()}
     assert own == {parameter_name(n): p.shape for n, p in peer.named_parameters()}
+    known = {"Qwen3.5 0.8B": 852_985_920, "Qwen3.5 2B": 2_213_241_664}  # as the hub counts them
+    total = sum(shape.numel() for shape in own.values())
+    assert total == known.get(name, total)
 
 
 @pytest.mark.parametrize(
