@@ -19,6 +19,7 @@ NO_KERNEL |= {"record_stream", "is_pinned", "set_", "lift_fresh", "detach", "ali
 NO_KERNEL |= {"_pin_memory", "_local_scalar_dense"}
 OVERWRITE = {"copy_", "zero_", "fill_"}  # do not read what they write
 FEW = {"embedding", "index", "index_select", "gather", "scatter_", "index_fill_", "index_add_"}
+FEW |= {"index_copy_", "index_put_"}
 
 
 class Count(TorchDispatchMode):

@@ -6,11 +6,12 @@
 The first needs the emulated device that CONTRIBUTING.md describes: a random model of the published
 depth and structure, but narrow, in bfloat16 with variable-length FlashAttention. Width does not
 change how much is launched. The second needs no device: the published shapes on torch's meta
-device, 8 prompts of an image of 448 pixels (512 for Qwen3-VL: 256 tokens) and 44 more tokens x 8
-completions of 256 tokens, with gradient checkpointing. Each
-operation takes the larger of two times: its multiplications at 800 TFLOP/s, and what it reads and
-writes at 3.0 TB/s. A phase takes the sum of these, but at least 5 microseconds a launch. Decoding
-is a formula. What one operation launches beside one kernel (a sort, say) is not counted.
+device, 8 prompts of an image of 448 pixels (512 from Qwen3-VL on: 256 tokens) and 44 more tokens x
+8 completions of 256 tokens, with gradient checkpointing. Each operation takes the larger of two
+times: its multiplications at 800 TFLOP/s (those in float32, as Qwen3.5's delta rule has, are
+slower), and what it reads and writes at 3.0 TB/s. A phase takes the sum of these, but at least 5
+microseconds a launch. Decoding is a formula. What one operation launches beside one kernel (a sort,
+say) is not counted.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import functools
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -35,10 +37,12 @@ from grpo.loss import policy_loss  # noqa: E402
 from grpo.pack import Pack, make_packs  # noqa: E402
 from grpo.rollout import Group  # noqa: E402
 from grpo.tally import Tally  # noqa: E402
+from models.attention import Attention  # noqa: E402
 from models.config import QwenVLConfig  # noqa: E402
 from models.decoding.cache import Cache  # noqa: E402
-from models.decoding.storage import allocate  # noqa: E402
-from models.families import parse_config  # noqa: E402
+from models.decoding.storage import allocate, cast  # noqa: E402
+from models.delta_net import WINDOW, DeltaState, GatedDeltaNet  # noqa: E402
+from models.families import mixers_of, parse_config  # noqa: E402
 from models.mixer import Layout  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
 from models.qwen_vl import QwenVL, image_features  # noqa: E402
@@ -47,6 +51,7 @@ FAMILIES = {
     "qwen2_vl": "Qwen2-VL 2B",
     "qwen2_5_vl": "Qwen2.5-VL 7B",
     "qwen3_vl": "Qwen3-VL 2B",
+    "qwen3_5": "Qwen3.5 2B",
 }
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 LAUNCH = 5e-6  # seconds
@@ -57,13 +62,17 @@ PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
 
 
 def narrow(name: str) -> dict:
-    """config.json of a published model, of its depth and heads, with heads of 8 and few entries."""
+    """config.json of a published model, of its depth and heads, with few entries and heads of which
+    8 numbers are rotated."""
     raw = published(name) | {"image_token_id": 1001, "video_token_id": 1002}
     raw |= {"vision_start_token_id": 1003, "vision_end_token_id": 1004}
     text = raw.get("text_config", raw)
     text |= {"hidden_size": 8 * text["num_attention_heads"], "vocab_size": 1016}
-    text |= {"intermediate_size": 104, "num_hidden_layers": 28, "head_dim": 8}
-    text["rope_scaling"] = text["rope_scaling"] | {"mrope_section": [2, 1, 1]}
+    rope = text.get("rope_scaling") or text["rope_parameters"]
+    rope["mrope_section"] = [2, 1, 1]
+    text |= {"intermediate_size": 104, "num_hidden_layers": 28}
+    text |= {"head_dim": int(8 / rope.get("partial_rotary_factor", 1))}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # Qwen3.5's
     vision, wide = raw["vision_config"], 8 * raw["vision_config"]["num_heads"]
     for key in ("out_hidden_size", "hidden_size", "embed_dim"):
         outer = key == "out_hidden_size" or "embed_dim" in vision and key == "hidden_size"
@@ -77,8 +86,9 @@ def narrow(name: str) -> dict:
 def build(config: QwenVLConfig, device: str) -> QwenVL:
     with torch.device("meta"):
         model = QwenVL(config, "flash_attention_2")
-    model = model.to(torch.bfloat16)
-    if device != "meta":
+    if device == "meta":
+        model = cast(model, torch.bfloat16)
+    else:
         model = allocate(model, torch.bfloat16, device).initialize()
     model.suppressed_ids = torch.tensor([1], device=device)
     model.model.gradient_checkpointing = model.visual.gradient_checkpointing = True
@@ -237,16 +247,25 @@ def predict(name: str, per_token: int, limit: int) -> dict:
 
 def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
     """All tokens but the first: weights and head are read once a token, a prompt's keys and values
-    once a group, a sample's own as they grow, and logits are passed over five times in float32."""
+    once a group, a sample's own as they grow, and logits are passed over five times in float32.
+
+    A gated delta net's state is read once a token, and every WINDOW tokens its matrices are read
+    and written, twice each (models/delta_net.py)."""
     with torch.device("meta"):
         model = QwenVL(config)
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.head_weight.numel()
-    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    kinds = Counter(mixers_of(config))
+    kv = 4 * kinds[Attention] * config.num_key_value_heads * config.head_dim
     samples, prompt, steps = PROMPTS * GROUP, TEXT + 256, COMPLETION - 1
     keys = kv * (PROMPTS * prompt + samples * COMPLETION / 2)
     size = steps * (2 * weights + keys + 5 * 4 * samples * config.vocab_size)
-    seen = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    seen = 4 * kinds[Attention] * config.num_attention_heads * config.head_dim
     flops = steps * samples * (2 * weights + seen * (prompt + COMPLETION / 2))
+    if delta := config.delta:
+        numbers = delta.values * delta.key_dim * delta.value_dim  # of a layer's matrices
+        state = DeltaState.nbytes(config, Layout(1, 1, 1, 1), torch.bfloat16)
+        size += steps * samples * kinds[GatedDeltaNet] * (state + 4 * 4 * numbers / WINDOW)
+        flops += steps * samples * kinds[GatedDeltaNet] * 6 * numbers  # q and k read, k adds
     busy = max(flops / FLOPS, size / BANDWIDTH)
     eager, captured = (flops, size, steps * per_token, busy), (flops, size, steps, busy)
     return {"decoding, eager": eager, "decoding, in a captured graph": captured}

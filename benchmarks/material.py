@@ -15,7 +15,7 @@ from PIL import Image
 
 from demo import make_cls as demo
 from demo.published import save_model
-from demo.warm_start import SPECIAL, make_folder
+from demo.warm_start import CONTENT, SPECIAL, make_folder
 from models.families import parse_config
 from models.qwen_vl import QwenVL
 
@@ -28,7 +28,17 @@ PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_5": "Qwen3VLProcessor",
 }
+# Qwen3.5's in its manner: what is said is trimmed, and an answer begins in a thought or, as the
+# smaller models do where nothing is said of it, after an empty one.
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{% set content %}"
+    + CONTENT
+    + "{% endset %}<|im_start|>{{ message['role'] }}\n{{ content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{{ '' if enable_thinking else '\n</think>\n\n' }}{% endif %}"
+)
 PROBLEM = "Which flower is this? Answer in <think> </think> and <answer> </answer> tags."
 
 
@@ -67,6 +77,8 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
 
     Widths, depths and heads are the same for all families. Qwen2.5-VL has full attention in its
     last vision block, Qwen3-VL DeepStack after its first and a patch of 16 pixels, as published.
+    Qwen3.5 has that patch, full attention in each fourth layer, a quarter of a head rotated, and
+    half as many heads of keys as of values in the others.
     """
     shape = SIZES[size]
     special = make_vocabulary(folder, shape["entries"])
@@ -99,14 +111,20 @@ def make_checkpoint(folder: Path, size: str, family: str = "qwen2_vl") -> Path:
     if family == "qwen2_5_vl":
         vision |= {"window_size": 112, "fullatt_block_indexes": [shape["depth"] - 1]}
         vision["intermediate_size"] = shape["vision"] * 8 // 3  # three matrices, of 2/3 the width
-    if family == "qwen3_vl":
-        vision |= {"patch_size": 16, "deepstack_visual_indexes": [0]}
-        vision |= {"num_position_embeddings": 48 * 48}
-        raw |= {
-            "head_dim": 32,
-            "rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        }
+    if family in ("qwen3_vl", "qwen3_5"):
+        vision |= {"patch_size": 16, "num_position_embeddings": 48 * 48}
+        rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        raw |= {"head_dim": 32, "rope_scaling": rope}
         write(folder / "preprocessor_config.json", processor | {"patch_size": 16})
+    if family == "qwen3_vl":
+        vision |= {"deepstack_visual_indexes": [0]}
+    if family == "qwen3_5":
+        rope |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+        raw |= {"linear_key_head_dim": 32, "linear_num_key_heads": shape["width"] // 64}
+        raw |= {"linear_value_head_dim": 32, "linear_num_value_heads": shape["width"] // 32}
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            settings = json.loads((folder / name).read_text())
+            write(folder / name, settings | {"chat_template": THINKING_TEMPLATE})
     raw["vision_config"] = vision
     model = QwenVL(parse_config(raw, size)).initialize(torch.Generator().manual_seed(0))
     save_model(model, folder)

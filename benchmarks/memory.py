@@ -31,7 +31,16 @@ SIZES = {
     "Qwen3-VL 4B": (2560, 36, 32, 8, 9728, 151936, True),
     "Qwen3-VL 8B": (4096, 36, 32, 8, 12288, 151936, False),
     "Qwen3-VL 32B": (5120, 64, 64, 8, 25600, 151936, False),
+    "Qwen3.5 0.8B": (1024, 24, 8, 2, 3584, 248320, True),
+    "Qwen3.5 2B": (2048, 24, 8, 2, 6144, 248320, True),
+    "Qwen3.5 4B": (2560, 32, 16, 4, 9216, 248320, True),
+    "Qwen3.5 9B": (4096, 32, 16, 4, 12288, 248320, False),
+    "Qwen3.5 27B": (5120, 64, 24, 4, 17408, 248320, False),
 }
+# Of Qwen3.5: heads of values in linear attention; depth, width and inner size of the vision tower
+DELTA = {"0.8B": 16, "2B": 16, "4B": 32, "9B": 32, "27B": 48}
+TOWERS = {"0.8B": (12, 768, 3072), "2B": (24, 1024, 4096), "4B": (24, 1024, 4096)}
+TOWERS |= {"9B": (27, 1152, 4304), "27B": (27, 1152, 4304)}
 PHASES = [("Qwen2-VL 2B", 1), ("Qwen2-VL 2B", 2), ("Qwen2-VL 7B", 8), ("Qwen2-VL 7B", 1)]
 
 
@@ -61,6 +70,31 @@ def published(name: str) -> dict:
                 "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024,
                 "intermediate_size": 4304 if large else 4096, "out_hidden_size": width,
                 "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17],
+                "patch_size": 16, "num_position_embeddings": 2304, "in_channels": 3,
+                "hidden_act": "gelu_pytorch_tanh",
+            },
+        }  # fmt: skip
+    if family == "Qwen3.5":
+        depth, tower, inner_tower = TOWERS[size]
+        return {
+            "model_type": "qwen3_5", "tie_word_embeddings": tied,
+            "image_token_id": 248056, "video_token_id": 248057,
+            "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+            "text_config": text | {
+                "model_type": "qwen3_5_text", "head_dim": 256, "attention_bias": False,
+                "attn_output_gate": True, "full_attention_interval": 4,
+                "linear_num_key_heads": 16, "linear_num_value_heads": DELTA[size],
+                "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+                "linear_conv_kernel_dim": 4, "mamba_ssm_dtype": "float32",
+                "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 10_000_000,
+                    "partial_rotary_factor": 0.25, "mrope_interleaved": True,
+                    "mrope_section": [11, 11, 10],
+                },
+            },
+            "vision_config": vision | {
+                "depth": depth, "hidden_size": tower, "intermediate_size": inner_tower,
+                "num_heads": 12 if size == "0.8B" else 16, "out_hidden_size": width,
                 "patch_size": 16, "num_position_embeddings": 2304, "in_channels": 3,
                 "hidden_act": "gelu_pytorch_tanh",
             },

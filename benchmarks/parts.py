@@ -10,7 +10,9 @@ the operations. CPU, float32, two threads; medians of --repeat runs after one th
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -63,8 +65,19 @@ def product_flops(_, a, b, **__) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def batched_flops(_, a, b, **__) -> int:
+    return a[0] * product_flops(_, a[1:], b[1:])
+
+
+def solve_flops(system, right, **__) -> int:
+    """Of triangular systems: half of a product."""
+    return math.prod(right) * system[-1]
+
+
 MAPPING = {  # what the counter does not know by itself
     torch.ops.aten.addmm_: product_flops,
+    torch.ops.aten.baddbmm_: batched_flops,
+    torch.ops.aten.linalg_solve_triangular: solve_flops,
     CPU_ATTENTION: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops,
 }
@@ -147,8 +160,10 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Callable
     index = cache.index(list(range(samples)), lengths, middle)
     before = [(x, x.clone()) for part in index.values() for x in part]
     where, at = torch.full((samples,), 400), torch.tensor([middle])
+    counted = itertools.count(middle)
 
     def decode():
+        cache.between(next(counted))  # seldom more than nothing: not in the median
         step(tokens, where, cache, index, at, middle + 1)
         for x, first in before:  # the step has moved them on by a token
             x.copy_(first)

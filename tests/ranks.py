@@ -79,6 +79,32 @@ def gradient(folder: str, shard_size: int) -> None:
     ranks.stop()
 
 
+def in_bf16(folder: str) -> None:
+    """As `gradient`, computing in bfloat16; and what linear attention sees of its weights."""
+    ranks = start(60)
+    model = empty_model(Path(folder))
+    model = materialize(model, ranks, torch.bfloat16, make_mesh(ranks, 2))
+    load_weights(model, Path(folder))
+    seen = {}
+
+    def look(mixer, _) -> None:
+        (prefix,) = (name for name, module in model.named_modules() if module is mixer)
+        for name, parameter in mixer.named_parameters(prefix):
+            seen[name] = parameter.detach().clone()
+
+    for layer, kind in zip(model.model.layers, model.config.layer_types, strict=True):
+        if kind == "linear_attention":
+            layer.mixer.register_forward_pre_hook(look)
+    packs = uneven_packs(model.config)[ranks.rank]
+    score(model, packs + [filler()] * (int(ranks.max(len(packs))) - len(packs)))
+    gradients = Optimizer(model, 0.0).gradients()
+    gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    if ranks.is_main:
+        torch.save({"seen": seen, "gradients": gradients}, Path(folder) / "found.pt")
+    ranks.wait()
+    ranks.stop()
+
+
 def uneven_packs(config) -> list[list]:
     shapes = ([(4, 6)], [(2, 2), (4, 4)]), ([],)
     packs = []

@@ -149,11 +149,17 @@ def genuine_checkpoint(folder: Path, family: str = "qwen2_vl") -> Path:
     if family != "qwen2_vl":
         vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "depth": 2}
         vision |= {"num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1]}
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_5"):
         raw["text_config"] = {"head_dim": 24, "rope_theta": 5e6}
         raw["rope_scaling"] = {"mrope_section": [4, 4, 4], "mrope_interleaved": True}
         vision |= {"patch_size": 16, "num_position_embeddings": 16}
-        vision |= {"deepstack_visual_indexes": [0]}
+        if family == "qwen3_vl":
+            vision |= {"deepstack_visual_indexes": [0]}
+        else:
+            raw["text_config"] |= {"full_attention_interval": 2, "linear_num_key_heads": 1}
+            raw["text_config"] |= {"linear_num_value_heads": 2, "linear_key_head_dim": 16}
+            raw["text_config"] |= {"linear_value_head_dim": 16}
+            raw["rope_scaling"] |= {"mrope_section": [1, 1, 1], "partial_rotary_factor": 0.25}
         size = {"longest_edge": 16777216, "shortest_edge": 65536}
         settings |= {"patch_size": 16, "size": size, "image_mean": [0.5] * 3}
         settings |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessorFast"}

@@ -11,6 +11,7 @@ from models.decoding.draw import BLOCK, Sampling, sample
 from models.decoding.generate import generate
 from models.decoding.graphs import Graphs
 from models.decoding.rectangle import SHAPES, HalvedRectangle, few_lengths, halved
+from models.decoding.storage import cast
 from models.mixer import Layout
 from models.qwen_vl import image_features
 from tests.peer import reference_inputs, reference_model
@@ -143,7 +144,7 @@ def test_a_side_is_halved_as_often_as_it_can_be(size, needed, expected):
     assert halved(size, needed) == expected
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_the_shapes_for_a_gpu_draw_the_same_tokens(monkeypatch, family):
     """Slots of nobody, samples that are drawn on after their end, halved rectangles."""
     model = tiny_model(family_config(family))
@@ -189,11 +190,11 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_replayed_steps_draw_what_launched_ones_draw(family):
     """As tests/emulated_gpu/test_decoding.py, on a device: the cache grows, weights and their
     copies change."""
-    model = tiny_model(family_config(family), torch.float32).to("cuda", torch.bfloat16)
+    model = cast(tiny_model(family_config(family), torch.float32).to("cuda"), torch.bfloat16)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
     graphs = Graphs(model)
     for limit in (30, 70, 70, 30):

@@ -12,21 +12,29 @@ from torch.nn.functional import linear
 
 from benchmarks.memory import SIZES, published
 from demo.published import save_model
+from grpo.engine.optimizer import Optimizer
+from grpo.engine.ranks import Ranks
+from grpo.engine.shard import load_weights
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from grpo.rollout import Group
+from grpo.run.checkpoint import save_final
 from models.decoding.draw import Sampling
 from models.decoding.generate import generate
 from models.decoding.product import joined
+from models.decoding.storage import allocate
 from models.families import FAMILIES, parse_config, read_config
-from models.load import load_model, weight_files
+from models.load import empty_model, load_model, weight_files
+from models.lora import LoRA, is_adapter
 from models.names import parameter_name
 from models.qwen_vl import image_features, with_image_features
 from tests.peer import own_hidden, reference_inputs, reference_model
-from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
+from tests.tiny import IMAGE, family_config, second_token_weights, tiny_model, tiny_prompt
 
 # rows and columns of patches; a window of the tiny Qwen2.5-VL is 4 x 4 of them
 GRIDS = {"none": [], "one": [(6, 10)], "several": [(4, 4), (2, 14), (6, 4), (8, 8), (6, 4)]}
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -204,6 +212,9 @@ def test_published_sizes_have_the_shapes_of_transformers(name):
         peer = transformers.AutoModelForImageTextToText.from_config(config)
     own = {n: p.shape for n, p in model.named_parameters()}
     assert own == {parameter_name(n): p.shape for n, p in peer.named_parameters()}
+    known = {"Qwen3.5 0.8B": 852_985_920, "Qwen3.5 2B": 2_213_241_664}  # as the hub counts them
+    total = sum(shape.numel() for shape in own.values())
+    assert total == known.get(name, total)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +232,95 @@ def test_published_sizes_have_the_shapes_of_transformers(name):
     ],
 )
 def test_what_is_not_done_here_is_refused(change, message):
-    raw = published("Qwen3-VL 2B")
+    refused("Qwen3-VL 2B", change, message)
+
+
+def refused(name: str, change: dict, message: str) -> None:
+    """The config.json of a published model with this change in it is."""
+    raw = published(name)
+    parse_config(raw, "here")
     if "rope_theta" in message:
         del raw["text_config"]["rope_theta"]
     for name, value in change.items():
         raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         parse_config(raw, "here")
+
+
+EVERY_OTHER = ["linear_attention", "full_attention"] * 12
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen3_5_moe"}, "qwen3_5_moe.*mixture of experts"),
+        ({"model_type": "qwen3_5_text"}, "qwen3_5_text.*without its vision tower"),
+        ({"model_type": "qwen4_exp"}, "qwen4_exp.*not written here"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\).*in bfloat16"),
+        ({"text_config": {"attn_output_gate": False}}, "attn_output_gate"),
+        ({"text_config": {"layer_types": EVERY_OTHER[:-1]}}, "each of 24 layers"),
+        ({"text_config": {"layer_types": [*EVERY_OTHER[:-1], "mamba"]}}, "each of 24 layers"),
+        ({"text_config": {"linear_num_value_heads": 24}}, "24 heads of values and 16 of keys"),
+        ({"text_config": {"head_dim": 128}}, "mrope_section.*32 of 128"),
+        ({"vision_config": {"deepstack_visual_indexes": [5]}}, "deepstack_visual_indexes"),
+    ],
+)
+def test_what_is_not_done_here_of_qwen3_5_is_refused(change, message):
+    refused("Qwen3.5 2B", change, message)
+
+
+def test_layers_of_qwen3_5_are_what_its_config_says():
+    """As published, every fourth is full attention; and an empty DeepStack is none."""
+    raw = published("Qwen3.5 0.8B")
+    every_fourth = parse_config(raw, "here").layer_types
+    assert every_fourth == ("linear_attention",) * 3 + ("full_attention",) + every_fourth[:-4]
+    raw["text_config"] |= {"layer_types": EVERY_OTHER}
+    raw["vision_config"] |= {"deepstack_visual_indexes": []}
+    config = parse_config(raw, "here")
+    assert config.layer_types == tuple(EVERY_OTHER)
+    assert config.vision.feature_width == config.hidden_size
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(2, 4.0)], ids=["all weights", "LoRA"])
+def test_final_has_the_weights_that_nothing_trains_and_the_dtypes_of_the_source(tmp_path, lora):
+    """A layer that predicts a second token, which transformers does not read either; the decay and
+    the norm of linear attention in float32."""
+    config = family_config("qwen3_5")
+    save_model(tiny_model(config, torch.float32, scale=1), tmp_path, torch.bfloat16)
+    start, extra = load_file(tmp_path / "model.safetensors"), second_token_weights(config)
+    assert len(extra) == 15 and start["model.language_model.norm.weight"].dtype == torch.bfloat16
+    save_file(start | extra, tmp_path / "model.safetensors")
+
+    model = allocate(empty_model(tmp_path, lora=lora), torch.bfloat16, "cpu")
+    load_weights(model, tmp_path)
+    optimizer = Optimizer(model, 0.0)
+    with torch.no_grad():
+        for name, master in optimizer.masters.items():
+            if is_adapter(name):
+                master.normal_(0, 0.1)
+            master.grad = torch.randn_like(master)
+    optimizer.step(1e-2, 0.0)
+    folder = save_final(tmp_path, tmp_path, model, optimizer, ALONE, torch.bfloat16)
+    final = load_file(folder / "model.safetensors")
+    assert final.keys() == start.keys() | extra.keys()
+    assert all(torch.equal(final[name], weight) for name, weight in extra.items())
+    assert {n: w.dtype for n, w in final.items()} == {
+        n: w.dtype for n, w in (start | extra).items()
+    }
+    in_float32 = {n.split("linear_attn.")[-1] for n, w in final.items() if w.dtype == torch.float32}
+    assert in_float32 == {"A_log", "norm.weight"}
+    changed = [name for name in start if not torch.equal(final[name], start[name])]
+    assert all("_proj" in name for name in changed) if lora else len(changed) == len(start)
+
+    peer, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    prompt = tiny_prompt(config, GRIDS["one"])
+    expected = peer(**reference_inputs(prompt, torch.float32)).logits[0]
+    loaded = load_model(folder, torch.float32, "cpu")
+    logits = linear(own_hidden(loaded, [prompt]), loaded.head_weight)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

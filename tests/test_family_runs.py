@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import train_cls
@@ -32,6 +32,7 @@ from tests.runs import (
     timeless,
     train,
 )
+from tests.tiny import second_token_weights
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 SHORT = ["--max_steps", "2", "--prompts_per_step", "2", "--num_generations", "4"]
@@ -125,6 +126,18 @@ def test_final_has_every_key_of_the_config_that_it_began_with(checkpoints, tmp_p
         assert json.loads((final / "config.json").read_text()) == raw
         assert read_config(final) == read_config(source)
         assert (final / "video_preprocessor_config.json").is_file()
+
+
+def test_the_plan_says_what_nothing_trains(checkpoints, tmp_path, capsys):
+    source = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen3_5"], source)
+    extra = second_token_weights(read_config(source), torch.float32)
+    save_file(load_file(source / "model.safetensors") | extra, source / "model.safetensors")
+    model = ["--model_name_or_path", str(source), "--dataset_name", "demo:flowers", *SHORT]
+    assert train_cls.main([*model, "--dry_run", "--output_dir", str(tmp_path / "run")]) == 0
+    millions = sum(weight.numel() for weight in extra.values()) / 1e6
+    said = f"{millions:.1f} M parameters more predict a further token; they are not trained"
+    assert said in capsys.readouterr().out
 
 
 def test_a_thought_that_the_template_opens_counts(checkpoints, tmp_path):

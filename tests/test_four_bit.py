@@ -17,7 +17,7 @@ from grpo.engine.shard import checksum, load_weights
 from grpo.logps import pack_chunks, pack_logps
 from grpo.pack import make_packs
 from models.decoding.product import joined
-from models.decoding.storage import allocate
+from models.decoding.storage import allocate, cast
 from models.families import FAMILIES
 from models.four_bit import BYTES, FourBitLinear, four_bit_layers
 from models.load import empty_model, load_model
@@ -65,10 +65,12 @@ def quantized(folder, family: str, dtype=torch.float32):
     """(a model in 4 bits with adapters that are not 0, the same with these weights unpacked)."""
     plain = tiny_model(family_config(family), torch.float32, scale=2)
     save_model(plain, folder)
-    lora = LoRA(3, 4.0, ("q_proj", "v_proj", "down_proj"))
+    delta = family == "qwen3_5"
+    targets = ("q_proj", "v_proj", "down_proj", *(("in_proj_qkv", "out_proj") * delta))
+    lora = LoRA(3, 4.0, targets)
     model = allocate(empty_model(folder, lora=lora, four_bit=True), dtype, "cpu")
     load_weights(model, folder)
-    plain = plain.to(dtype)
+    plain = cast(plain, dtype)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,7 +79,7 @@ def quantized(folder, family: str, dtype=torch.float32):
                 if name.endswith("lora_B"):
                     parameter.normal_(0, 0.3)
     layers = four_bit_layers(model)
-    assert len(layers) == 4 * 7 and not any("visual" in name for name in layers)
+    assert len(layers) == 4 * 7 + 2 * delta and not any("visual" in name for name in layers)
     with torch.no_grad():
         for name, layer in layers.items():
             weight = plain.get_submodule(name).weight

@@ -40,11 +40,14 @@ from tests.tiny import IMAGE, family_config, tiny_model, tiny_prompt
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 TOWER = {"qwen2_vl": "visual.fc1", "qwen2_5_vl": "visual.gate_proj", "qwen3_vl": "visual.proj"}
+TOWER["qwen3_5"] = TOWER["qwen3_vl"]
+DELTA = ("in_proj_qkv", "in_proj_z", "out_proj")  # of linear attention
 
 
 def adapted(family: str, targets=("q_proj", "v_proj", "down_proj"), b: float = 0.3, **more):
-    """A tiny float64 model with adapters; b: the size of B."""
+    """A tiny float64 model with adapters, also in linear attention; b: the size of B."""
     model = tiny_model(family_config(family))
+    targets = (*targets, *DELTA) if family == "qwen3_5" else targets
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.adapt(LoRA(3, 4.0, tuple(targets), **more))
     with torch.no_grad():
@@ -68,6 +71,15 @@ def test_off_it_is_the_base_and_at_the_start_too(family):
     assert not torch.equal(own_hidden(model, [prompt]), plain), "they are on again"
     model, _ = adapted(family, targets, b=0)
     assert torch.equal(own_hidden(model, [prompt]), plain)
+
+
+def test_the_gates_of_linear_attention_have_no_adapters_by_default():
+    """They are as narrow as there are heads."""
+    layers = LoRA(3, 4.0).layers(tiny_model(family_config("qwen3_5")))
+    mixers = {name.removeprefix("model.layers.") for name in layers if ".mlp." not in name}
+    expected = {f"{i}.linear_attn.{name}" for i in (1, 2) for name in DELTA}
+    expected |= {f"{i}.self_attn.{name}_proj" for i in (0, 3) for name in "qkvo"}
+    assert mixers == expected and len(layers) == len(mixers) + 4 * 3
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -214,7 +226,7 @@ def test_ours_is_what_peft_saves(family, tmp_path):
     settings = {
         "r": 5,
         "lora_alpha": 3,
-        "target_modules": ["q_proj", "up_proj"],
+        "target_modules": ["q_proj", "up_proj", *(DELTA if family == "qwen3_5" else ())],
         "use_rslora": True,
     }
     settings["layers_to_transform"], settings["layers_pattern"] = [0, 2], "layers"

@@ -16,6 +16,7 @@ from grpo.engine.ranks import Ranks
 from grpo.engine.shard import check_sharding, checksum
 from grpo.flags.combine import without_effect
 from grpo.run.exits import RANK_LOST
+from models.decoding.storage import float32_names
 from models.load import load_model
 from tests import forked
 from tests.ranks import SMALL, in_turn, lost, score, uneven_packs
@@ -53,6 +54,7 @@ SHARDING = ("--reshard_after_forward", "--shard_size")
 RESUMED = ["--max_steps", "3", *SMALL, "--learning_rate", "1e-3", "--warmup_ratio", "0"]
 GRADIENTS = [(2, 2, "qwen2_vl", False), (2, 2, "qwen2_vl", True), (2, 2, "qwen2_5_vl", False)]
 GRADIENTS += [(2, 2, "qwen3_vl", True), (4, 4, "qwen2_vl", True), (4, 2, "qwen3_vl", False)]
+GRADIENTS += [(2, 2, "qwen3_5", False), (4, 2, "qwen3_5", True)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,8 @@ def two(tmp_path_factory):
     calls.append(["train", again])
     calls.append(["train", [*EVALUATED, "--output_dir", str(folder / "evaluated")]])
     calls += gradient_calls(folder, 2)
+    save_model(tiny_model(family_config("qwen3_5"), torch.float32, scale=1), folder / "in bf16")
+    calls.append(["in_bf16", [str(folder / "in bf16")]])
     calls.append(["agree", [str(folder)]])
     (folder / "rough").mkdir()
     calls.append(["rough", [str(folder / "rough")]])  # the last: it changes the directory
@@ -185,6 +189,30 @@ def test_the_summed_gradient_is_that_of_one_rank(request, ranks, shard_size, fam
     assert checksum(saved, ALONE) == found["checksum"]
     next(plain.parameters()).data.view(torch.int32).view(-1)[3] += 1
     assert checksum(plain, ALONE) != found["checksum"]
+
+
+def test_what_stays_in_float32_does_so_on_two_ranks_that_compute_in_bf16(two):
+    """The decay of linear attention, as its layer sees it, and its gradient."""
+    folder = two[0] / "in bf16"
+    found = torch.load(folder / "found.pt", weights_only=True)
+    plain = load_model(folder, torch.bfloat16, "cpu")
+    kept, layers = float32_names(plain), 2
+    assert len(kept) == 3 * layers
+    published = load_file(folder / "model.safetensors")
+    for name, parameter in plain.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in kept else torch.bfloat16), name
+        assert torch.equal(found["seen"].get(name, parameter), parameter), name
+        assert found["seen"].get(name, parameter).dtype == parameter.dtype, name
+    assert kept <= found["seen"].keys() > kept
+    decay = published["model.language_model.layers.1.linear_attn.A_log"]
+    assert not torch.equal(decay.bfloat16().float(), decay), "a blunt test"
+    optimizer = Optimizer(plain, 0.0)
+    for packs in uneven_packs(plain.config):
+        score(plain, packs)
+    for name, gradient in optimizer.gradients().items():
+        if name in kept:
+            error = (found["gradients"][name] - gradient).norm()
+            assert error < 0.02 * gradient.norm() and found["gradients"][name].any(), name
 
 
 def test_a_checkpoint_is_resumed_with_another_number_of_ranks(two, tmp_path):

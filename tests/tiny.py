@@ -109,6 +109,22 @@ def tiny_model(
     return model
 
 
+def second_token_weights(config: QwenVLConfig, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The layer that Qwen3.5 is published with and nothing here trains, by its names in files."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = {"fc": (width, 2 * width), "norm": (width,)}
+    shapes |= {f"pre_fc_norm_{what}": (width,) for what in ("embedding", "hidden")}
+    layer = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+    layer |= {"mlp.down_proj": (width, inner), "self_attn.q_proj": (2 * queries, width)}
+    layer |= {"self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
+    layer |= {"self_attn.o_proj": (width, queries)}
+    layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
+    layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    shapes |= {f"layers.0.{name}": shape for name, shape in layer.items()}
+    return {f"mtp.{name}.weight": torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
 def tiny_prompt(
     config: QwenVLConfig, grids: list[tuple[int, int]], text: int = 5, seed: int = 0
 ) -> Prompt:
