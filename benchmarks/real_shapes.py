@@ -1,8 +1,8 @@
-"""One step with the exact shapes of a published model, random weights, LoRA, on this machine's CPU.
+"""One step with the exact shapes of a published model, random weights, on this machine's CPU.
 
     python -m benchmarks.real_shapes --model "Qwen2-VL 2B" --json FILE
 
-2 prompts x 2 completions x 8 tokens, an image of 448 pixels (512 from Qwen3-VL on: as many
+LoRA, or --all_weights. 2 prompts x 2 completions x 8 tokens, an image of 448 pixels (512 from Qwen3-VL on: as many
 tokens), in bfloat16, with random rewards. Prints each phase's seconds, and its memory beside what
 `--dry_run` predicts. Weights are made in a temporary folder, which takes twice their size on disk.
 """
@@ -51,7 +51,7 @@ def make(folder: Path, name: str) -> Path:
     return folder
 
 
-def step(folder: Path, images: Path) -> dict:
+def step(folder: Path, images: Path, all_weights: bool) -> dict:
     """One step of train_cls.py's main() with random rewards."""
     score = train_cls.score
 
@@ -61,7 +61,8 @@ def step(folder: Path, images: Path) -> dict:
         return earned if min(earned.values()) == 1 else luck
 
     train_cls.score = scored
-    argv = "--use_peft --bf16 true --max_steps 1 --prompts_per_step 2 --num_generations 2 "
+    argv = "" if all_weights else "--use_peft "
+    argv += "--bf16 true --max_steps 1 --prompts_per_step 2 --num_generations 2 "
     argv += "--max_completion_length 8 --save_steps 0 --learning_rate 1e-4 --min_pixels 3136"
     paths = ["--model_name_or_path", str(folder), "--dataset_name", str(images)]
     run, said = folder / "run", io.StringIO()
@@ -82,6 +83,7 @@ def step(folder: Path, images: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SIZES, default="Qwen2-VL 2B")
+    parser.add_argument("--all_weights", action="store_true", help="in place of LoRA")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -93,9 +95,9 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.real_shapes", "--model", options.model]
         subprocess.run([*command, "--make", str(folder)], check=True)
         side = 512 if options.model.startswith("Qwen3") else 448
-        report = {"model": options.model} | step(
-            folder, make_images(Path(temporary) / "images", 2, side)
-        )
+        images = make_images(Path(temporary) / "images", 2, side)
+        report = {"model": options.model, "all_weights": options.all_weights}
+        report |= step(folder, images, options.all_weights)
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
