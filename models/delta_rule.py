@@ -51,40 +51,32 @@ class Inside(NamedTuple):
     decay: Tensor
 
 
-def inside(columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, heads: DeltaHeads) -> Inside:
+def inside(qk: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Inside:
     """`Inside` of each chunk.
 
-    columns: (N, kernel - 1 + L, W), with those before each chunk. g, beta: (N, L, H). conv: (W,
-    kernel). All in float32 or wider, and 0 for padding, which then changes no state.
+    qk: (2, N, KH, L, Dk), q and k of any length. v: (N, KH, H / KH, L, Dv). g, beta: (N, KH, H /
+    KH, L), 0 for padding, which then changes no state.
     """
-    mixed = F.silu(F.conv1d(columns.mT, conv[:, None], groups=len(conv)))
-    of_qk, of_v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
-    of_qk = of_qk.unflatten(1, (2, heads.keys, heads.key_dim))
-    of_qk = of_qk * (of_qk.square().sum(3, keepdim=True) + EPS).rsqrt()
-    q, k = of_qk.permute(1, 0, 2, 4, 3).contiguous().unbind()  # (N, KH, L, Dk)
-    repeats = heads.values // heads.keys
+    qk = qk * (qk.square().sum(-1, keepdim=True) + EPS).rsqrt()
+    q, k = qk.unbind()
     of_q, of_k = ((x @ k.mT)[:, :, None] for x in (q, k))
-    q, k = q[:, :, None], k[:, :, None]  # (N, KH, H / KH, ...), as all that follows
-    v = of_v.unflatten(1, (heads.keys, repeats, heads.value_dim)).mT
-    g, beta = (x.mT.unflatten(1, (-1, repeats)) for x in (g, beta))
-    decayed, size = g.cumsum(-1), g.shape[-1]
+    q, k = q[:, :, None], k[:, :, None]
+    decayed, size, scale = g.cumsum(-1), g.shape[-1], q.shape[-1] ** -0.5
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
     between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
     since, end = decayed.exp(), decayed[..., -1:]
-    right = torch.cat((v * beta[..., None], k * (beta * since)[..., None]), -1)
     system = of_k * (between * beta[..., None])  # and 1 on its diagonal
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = solved.split((heads.value_dim, heads.key_dim), -1)
-    scale = heads.key_dim**-0.5
+    one = torch.eye(size, dtype=g.dtype, device=g.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
     parts = Inside(
         attn=of_q * (between * scale),
-        u=u,
-        w=w,
+        u=inverse @ (v * beta[..., None]),
+        w=inverse @ (k * (beta * since)[..., None]),
         q=q * (since * scale)[..., None],
         k=k * (end - decayed).exp()[..., None],
         decay=end.exp()[..., None],
     )
-    return Inside(*(x.flatten(1, 2).contiguous() for x in parts))
+    return Inside(*(x.flatten(1, 2) for x in parts))
 
 
 def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,76 +129,106 @@ def back_through(
     return gradients, end
 
 
+def convolved(x: Tensor, conv: Tensor, packed: PackedChunks) -> Tensor:
+    """Each column's causal convolution over packed sequences, (T, W). conv: (W, kernel)."""
+    taps = conv.T
+    out = x * taps[-1]
+    for back in range(1, len(taps)):
+        out[back:].addcmul_(x[:-back], taps[-1 - back])
+    first, window, real = packed.firsts
+    return out.index_copy_(0, first, (x[window] * real[..., None] * taps).sum(1))
+
+
+def back_convolved(
+    grad: Tensor, x: Tensor, conv: Tensor, packed: PackedChunks
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of conv. grad: (T, W), overwritten."""
+    taps, (first, window, real) = conv.T, packed.firsts
+    of_first = grad[first][:, None] * real[..., None]
+    grad.index_fill_(0, first, 0)
+    of_x, of_taps = grad * taps[-1], [(grad * x).sum(0)]
+    for back in range(1, len(taps)):
+        of_x[:-back].addcmul_(grad[back:], taps[-1 - back])
+        of_taps.append((grad[back:] * x[:-back]).sum(0))
+    of_x.index_put_((window.flatten(),), (of_first * taps).flatten(0, 1), accumulate=True)
+    of_conv = torch.stack(of_taps[::-1]) + (of_first * x[window]).sum(0)
+    return of_x, of_conv.T
+
+
+def gathered(part: Chunks, mixed: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads):
+    """What `inside` takes, of packed tensors."""
+    index, repeats = part.index, heads.values // heads.keys
+    two, key, value = (torch.arange(n, device=g.device) for n in (2, heads.keys, repeats))
+    qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
+    qk = qk.unflatten(1, (2, heads.keys, -1))
+    qk = qk[index[None, :, None], two[:, None, None, None], key[:, None]]
+    v = v.unflatten(1, (heads.keys, repeats, -1))
+    v = v[index[:, None, None], key[:, None, None], value[:, None]]
+    filled = ~part.real[..., None]
+    g, beta = (x[index].masked_fill_(filled, 0) for x in (g, beta))
+    return qk, v, *(x.mT.unflatten(1, (-1, repeats)) for x in (g, beta))
+
+
 class DeltaRule(torch.autograd.Function):
     """As `delta_rule`, but for the order of the states; these have no gradient."""
 
     @staticmethod
     def forward(ctx, columns, g, beta, conv, packed: PackedChunks, heads: DeltaHeads):
-        outputs, kept, ends = [], [], None
+        ctx.save_for_backward(columns, g, beta, conv)
+        mixed = F.silu(convolved(columns.to(g.dtype), conv.to(g.dtype), packed))
+        outputs, ctx.states, ends = [], [], None
         for part in packed.chunks:
-            inner = inside(*gathered(part, columns, g, beta, conv), heads)
+            inner = inside(*gathered(part, mixed, g, beta, heads))
             shape = part.counts[0], heads.values, heads.key_dim, heads.value_dim
-            start = inner.u.new_zeros(shape) if part.start is None else ends[part.start]
+            start = g.new_zeros(shape) if part.start is None else ends[part.start]
             states, end, x = through(inner, part.counts, start)
             ends = end if part.start is None else ends
             outputs.append((inner.q @ states + inner.attn @ x).transpose(1, 2).flatten(0, 1))
-            kept.append(states)
+            ctx.states.append(states)
             del inner, x
-        ctx.save_for_backward(columns, g, beta, conv, *kept)
         ctx.packed, ctx.heads = packed, heads
         ctx.mark_non_differentiable(ends)
         return torch.cat(outputs)[packed.found], ends
 
     @staticmethod
     def backward(ctx, grad, _):
-        columns, g, beta, conv, *kept = ctx.saved_tensors
-        chunks, found = ctx.packed.chunks, ctx.packed.found
-        sizes = [len(part.index) * part.size for part in chunks]
-        grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, found, grad)
-        grads = grads.split(sizes)
-        tail, end, of_tokens, of_tails, of_conv = ctx.heads.kernel - 1, None, [], [], 0
-        for part, states, of_outputs in reversed(list(zip(chunks, kept, grads, strict=True))):
+        columns, g, beta, conv = ctx.saved_tensors
+        packed, heads = ctx.packed, ctx.heads
+        before = convolved(columns.to(g.dtype), conv.to(g.dtype), packed)
+        mixed = F.silu(before)
+        sizes = [part.index.numel() for part in packed.chunks]
+        grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, packed.found, grad)
+        found, end = [], None
+        parts = zip(packed.chunks, ctx.states, grads.split(sizes), strict=True)
+        for part, states, of_outputs in reversed(list(parts)):
             with torch.enable_grad():
-                leaves = gathered(part, columns, g, beta, conv)
+                leaves = gathered(part, mixed, g, beta, heads)
                 leaves = [x.detach().requires_grad_() for x in leaves]
-                inner = inside(*leaves, ctx.heads)
-            of_outputs = of_outputs.unflatten(0, (-1, part.size)).transpose(1, 2).contiguous()
-            of_start = states.new_zeros(part.counts[0], *states.shape[1:]) if end is None else end
+                inner = inside(*leaves)
+            of_outputs = of_outputs.unflatten(0, part.index.shape).transpose(1, 2).contiguous()
+            of_end = states.new_zeros(part.counts[0], *states.shape[1:]) if end is None else end
             gradients, of_start = back_through(
-                Inside(*(x.detach() for x in inner)), states, part.counts, of_outputs, of_start
+                Inside(*(x.detach() for x in inner)), states, part.counts, of_outputs, of_end
             )
             if part.start is not None:  # where completions begin their prompts end
-                ends = states.new_zeros(chunks[0].counts[0], *states.shape[1:])
+                ends = states.new_zeros(packed.chunks[0].counts[0], *states.shape[1:])
                 end = ends.index_put_((part.start,), of_start, accumulate=True)
-            of_columns, of_g, of_beta, more = torch.autograd.grad(inner, leaves, gradients)
-            of_conv = of_conv + more
-            own = of_columns[:, tail:], of_g, of_beta
-            of_tokens.append([x.flatten(0, 1) for x in own])
-            before = part.real[:, :tail]
-            of_tails.append((part.index[:, :tail], of_columns[:, :tail] * before[..., None]))
+            of_qk, of_v, *of_gates = torch.autograd.grad(inner, leaves, gradients)
+            of_mixed = of_qk.new_empty(*part.index.shape, sum(heads.widths))
+            to_qk, to_v = of_mixed.split((2 * heads.widths[0], heads.widths[2]), 2)
+            to_qk.unflatten(2, (2, heads.keys, -1)).copy_(of_qk.permute(1, 3, 0, 2, 4))
+            to_v.unflatten(2, (heads.keys, -1, heads.value_dim)).copy_(of_v.permute(0, 3, 1, 2, 4))
+            of_gates = [x.flatten(1, 2).mT for x in of_gates]
+            found.append([x.flatten(0, 1) for x in (of_mixed, *of_gates)])
             del inner, gradients
-        of_columns, of_g, of_beta = (
-            torch.cat(list(reversed(x)))[found] for x in zip(*of_tokens, strict=True)
+        of_mixed, of_g, of_beta = (
+            torch.cat(of_parts[::-1])[packed.found] for of_parts in zip(*found, strict=True)
         )
-        for index, values in of_tails:
-            of_columns.index_put_((index.flatten(),), values.flatten(0, 1), accumulate=True)
-        of_columns, of_conv = of_columns.to(columns.dtype), of_conv.to(conv.dtype)
-        return of_columns, of_g.to(g.dtype), of_beta.to(beta.dtype), of_conv, None, None
-
-
-def gathered(
-    part: Chunks, columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `inside` takes of packed tensors, 0 for padding, all in float32 at least."""
-    wide = torch.promote_types(columns.dtype, torch.float32)
-    tail = conv.shape[1] - 1
-    own, padding = part.index[:, tail:], ~part.real[..., None]
-    return (
-        columns[part.index].to(wide).masked_fill_(padding, 0),
-        g[own].to(wide).masked_fill_(padding[:, tail:], 0),
-        beta[own].to(wide).masked_fill_(padding[:, tail:], 0),
-        conv.to(wide),
-    )
+        of_mixed = torch.ops.aten.silu_backward(of_mixed, before)
+        of_columns, of_conv = back_convolved(
+            of_mixed, columns.to(g.dtype), conv.to(g.dtype), packed
+        )
+        return of_columns.to(columns.dtype), of_g, of_beta, of_conv.to(conv.dtype), None, None
 
 
 def delta_rule(
@@ -220,8 +242,8 @@ def delta_rule(
     """The outputs of packed rows, (T, H, Dv), and the states that their prompts end with, (rows, H,
     Dk, Dv), both float32 or wider.
 
-    columns: (T, W), q | k | v before the convolution. g: (T, H), the logarithm of the decay, at
-    most 0. beta: (T, H), 0 to 1. conv: (W, kernel), the last for the token itself.
+    columns: (T, W), q | k | v before the convolution. g: (T, H) float32 or wider, the logarithm of
+    the decay, at most 0. beta: (T, H) in g's dtype, 0 to 1. conv: (W, kernel), the last for the token itself.
     """
     outputs, states = [], []
     for part in parts:

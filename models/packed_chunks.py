@@ -24,9 +24,8 @@ class Chunks(NamedTuple):
     """Where the chunks of some sequences lie, longest sequence first: all first chunks, then all
     second ones, and so on.
 
-    index: (N, kernel - 1 + L) int64: the packed positions of a chunk's tokens and of those before
-    it that the convolution sees. real: the same shape, bool, False where there is no such token.
-    counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
+    index: (N, L) int64, the packed positions of a chunk's tokens. real: the same shape, bool, False
+    for what fills up a sequence's last chunk, whose index is some token's. counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
     which of the states before it each sequence begins with; None for prompts, which begin with 0.
     size: L.
     """
@@ -91,24 +90,17 @@ class PackedChunks:
         length, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
         size = min(CHUNK, max(16, 1 << (sequences[0][0] - 1).bit_length()))
         chunks = -(-length // size)
-        begin = torch.tensor([first for _, first, _ in self.sequences[0]])[self._place]
-        end = begin + torch.tensor([lengths[0] for lengths in self.rows])
-        shares = sequences is self.sequences[1]
         index, real, counts = [], [], []
         for i in range(int(chunks[0])):
             counts.append(int((chunks > i).sum()))
-            at = i * size + torch.arange(1 - self.kernel, size)  # within each sequence
-            where, rows = first[: counts[-1], None] + at, row[: counts[-1], None]
-            if shares:  # what comes before a completion is its prompt's end
-                where = torch.where(at < 0, end[rows] + at, where)
-            index.append(where)
-            real.append((where >= begin[rows]) & (at < length[: counts[-1], None]))
-        real = torch.cat(real)
+            at = i * size + torch.arange(size)  # within each sequence
+            real.append(at < length[: counts[-1], None])
+            index.append((first[: counts[-1], None] + at).masked_fill(~real[-1], 0))
         return Chunks(
-            index=torch.cat(index).masked_fill(~real, 0),
-            real=real,
+            index=torch.cat(index),
+            real=torch.cat(real),
             counts=tuple(counts),
-            start=self._place[row] if shares else None,
+            start=self._place[row] if sequences is self.sequences[1] else None,
             size=size,
         )
 
@@ -116,24 +108,47 @@ class PackedChunks:
     def found(self) -> Tensor:
         """Where each packed token is in the chunks of the prompts and then of the completions, end
         to end, (T,) int64."""
-        own, real = (
-            torch.cat([part[which][:, self.kernel - 1 :].flatten() for part in self._on_host])
-            for which in range(2)
-        )
+        own = torch.cat([part.index.flatten() for part in self._on_host])
+        real = torch.cat([part.real.flatten() for part in self._on_host])
         found = torch.empty(sum(map(sum, self.rows)), dtype=torch.int64)
         found[own[real]] = real.nonzero().squeeze(1)
         return to_device(found, self.device)
+
+    def before(self, sequences: list[tuple[int, int, int]], at: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed positions of tokens of these sequences, (sequences, len(at)) int64, and whether
+        there are such. at: within each, negative for tokens before it, which are its prompt's."""
+        _, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
+        begin = torch.tensor([first for _, first, _ in self.sequences[0]])[self._place][row]
+        end = begin + torch.tensor([lengths[0] for lengths in self.rows])[row]
+        shared = torch.where(first == begin, first, end)[:, None]  # where what is before it ends
+        where = torch.where(at < 0, shared + at, first[:, None] + at)
+        real = where >= begin[:, None]
+        return where.masked_fill(~real, 0), real
+
+    @cached_property
+    def firsts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens whose `kernel` tokens do not all come right before them in the packed tensor:
+        each sequence's first ones. Their packed positions, (F,) int64; those of their windows, (F,
+        kernel) int64; and whether these exist."""
+        token, window, real = [], [], []
+        for number in range(self.kernel - 1):
+            longer = [s for some in self.sequences for s in some if s[0] > number]
+            if longer:
+                token += [first + number for _, first, _ in longer]
+                at = torch.arange(number + 1 - self.kernel, number + 1)
+                for kept, part in zip((window, real), self.before(longer, at), strict=True):
+                    kept.append(part)
+        found = torch.tensor(token, dtype=torch.int64), torch.cat(window), torch.cat(real)
+        return tuple(to_device(x, self.device) for x in found)
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
         """The packed positions of each prompt's last tokens that the convolution sees of the token
         after it, (rows, kernel - 1) int64, and which of them exist."""
-        index, real = [], []
-        for length, first, _ in sorted(self.sequences[0], key=lambda s: s[2]):
-            at = first + length + torch.arange(1 - self.kernel, 0)
-            index.append(at.clamp(min=0))
-            real.append(at >= first)
-        return to_device(torch.stack(index), self.device), to_device(torch.stack(real), self.device)
+        in_turn = sorted(self.sequences[0], key=lambda s: s[2])
+        after = [(0, first + length, row) for length, first, row in in_turn]
+        found = self.before(after, torch.arange(1 - self.kernel, 0))
+        return tuple(to_device(x, self.device) for x in found)
 
 
 def packed_chunks(
