@@ -19,6 +19,7 @@ import models.decoding.graphs
 from models.decoding.draw import Sampling
 from models.decoding.generate import generate
 from models.decoding.graphs import Graphs
+from models.decoding.storage import cast
 from models.families import FAMILIES
 from models.lora import LoRA
 from tests.tiny import family_config, tiny_model, tiny_prompt
@@ -28,13 +29,16 @@ SHORT, LONG, GROUP = 33, 97, 4  # tokens: both end with a look at what has ended
 
 
 def make(family: str, layers: int, adapters: bool = False):
-    model = tiny_model(replace(family_config(family), num_hidden_layers=layers), torch.float32)
+    config = family_config(family)
+    kinds = config.layer_types * (layers // config.num_hidden_layers)
+    config = replace(config, num_hidden_layers=layers, layer_types=kinds)
+    model = tiny_model(config, torch.float32)
     if adapters:
         model.adapt(LoRA(4, 8.0))
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
-    return model.to("cuda", torch.bfloat16)
+    return cast(model, torch.bfloat16).to("cuda")
 
 
 def prompts_of(model):
