@@ -14,16 +14,18 @@ from data.errors import UserError
 LISTED = 50  # classes that fit a prompt
 
 CLASS = (
-    "What does this image show? {choice}First think, between <think> and </think>. Then give the "
-    "answer alone, between <answer> and </answer>."
+    "What does this image show? {choice}{give} the answer alone, between <answer> and </answer>."
 )
 BOXES = (
     "Find every object of the category '{category}' in this image. Give the corners x1, y1, x2, y2 "
-    "of each one's box in {coordinates}, and your confidence from 0 to 1. First think, between "
-    "<think> and </think>. Then give the list alone, between <answer> and </answer>:\n"
-    "<think>...</think><answer>{example}</answer>\n"
+    "of each one's box in {coordinates}, and your confidence from 0 to 1. {give} the list alone, "
+    "between <answer> and </answer>:\n"
+    "{thought}<answer>{example}</answer>\n"
     "If there is none, answer <answer>No Objects</answer>."
 )
+# What --answer_format makes of both.
+GIVE = {"think": "First think, between <think> and </think>. Then give", "answer": "Give"}
+THOUGHT = {"think": "<think>...</think>", "answer": ""}
 COORDINATES = {
     "thousandths": "thousandths of the image, from 0 to 1000",
     "pixels": "pixels of the image as it was taken",
@@ -43,7 +45,8 @@ class Wording:
     classes, {category} what to find, {coordinates} what a box's numbers count, {example} a list of
     boxes. frame: a key of COORDINATES. form: a key of EXAMPLES. absent_share: --absent_share, the
     share of rows that ask for a category which the image does not show. corners: whether boxes of a
-    column `objects` are two corners; None guesses.
+    column `objects` are two corners; None guesses. answer_format: a key of GIVE, as
+    `choose_answer_format` returns it; a template is not changed by it.
     """
 
     template: str | None = None
@@ -51,6 +54,7 @@ class Wording:
     form: str = "Position"
     absent_share: float = 0.0
     corners: bool | None = None
+    answer_format: str = "think"
 
     def class_problem(self, classes: Sequence[str]) -> str:
         """The question which of the classes an image shows; lists them if they are at most LISTED.
@@ -62,7 +66,7 @@ class Wording:
             self._check_template({"classes"})
             return self.template.replace("{classes}", names)
         choice = f"Choose one of: {names}. " if len(classes) <= LISTED else ""
-        return CLASS.replace("{choice}", choice)
+        return CLASS.replace("{give}", GIVE[self.answer_format]).replace("{choice}", choice)
 
     def boxes_problem(self, category: str) -> str:
         """The question where in an image objects of the category are.
@@ -76,7 +80,10 @@ class Wording:
                 raise UserError(
                     "--prompt_template: without {category} it does not say what to find"
                 )
-        text = BOXES if self.template is None else self.template
+        text = self.template
+        if text is None:
+            text = BOXES.replace("{give}", GIVE[self.answer_format])
+            text = text.replace("{thought}", THOUGHT[self.answer_format])
         text = text.replace("{example}", EXAMPLES[self.form])
         text = text.replace("{coordinates}", COORDINATES[self.frame])
         return text.replace("{category}", category)
@@ -91,6 +98,22 @@ class Wording:
             raise UserError(
                 f"--prompt_template: {{{min(other)}}} is not filled; for this data set {listed} are"
             )
+
+
+def choose_answer_format(answer_format: str | None, processor) -> str:
+    """What the format reward pays for, "think" or "answer": --answer_format, by default "answer"
+    where the prompt has closed the thought.
+
+    processor: says where its chat template leaves the answer (thought). Raises UserError for
+    "answer" where the prompt opens a thought: the answer could not come first.
+    """
+    if answer_format == "answer" and processor.thought == "opened":
+        other = "--enable_thinking false or " if processor.can_switch else ""
+        raise UserError(
+            f"--answer_format answer: the chat template opens a thought ({processor.opened!r}), so "
+            f"no completion is an answer alone; pass {other}--answer_format think"
+        )
+    return answer_format or ("answer" if processor.thought == "closed" else "think")
 
 
 def check_names(names: Sequence[str], where: str) -> None:

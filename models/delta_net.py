@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from models.config import QwenVLConfig
 from models.decoding.product import Product
-from models.delta_rule import EPS, PackedChunks, delta_rule
+from models.delta_rule import EPS, delta_rule, last_columns
 from models.mixer import Layout, Move
 from models.packed_attention import Bounds
+from models.packed_chunks import PackedChunks, packed_chunks
 
 WINDOW = 16  # tokens
 
@@ -34,10 +35,10 @@ class LayerState(NamedTuple):
     """Of a layer's entries; all but columns in float32 or wider.
 
     matrix: (slots, KH, Dk, R, Dv). Of the tokens since, by their number modulo WINDOW: keys,
-    (slots, KH, WINDOW, Dk); corrections, (slots, KH, R, WINDOW, Dv); decays, (slots, KH, R,
-    WINDOW), the sum of g from the matrix to the token, infinite where there is none. total: (slots,
-    KH, R), the newest of these. columns: (slots, kernel, W) in the model's dtype, what the
-    convolution takes, by the tokens' number modulo kernel.
+    (slots, KH, WINDOW, Dk); corrections, (slots, KH, R, WINDOW, Dv); decays, (slots, KH, R, WINDOW
+    + 1), the sum of g from the matrix to the token, infinite where there is none yet, and last 0,
+    the matrix's own. total: (slots, KH, R), the newest token's. columns: (slots, kernel, W) in the
+    model's dtype, what the convolution takes, by the tokens' number modulo kernel.
     """
 
     matrix: Tensor
@@ -56,7 +57,7 @@ def _shapes(config: QwenVLConfig, layout: Layout) -> LayerState:
         matrix=(slots, heads.keys, heads.key_dim, of_values[2], heads.value_dim),
         keys=(slots, heads.keys, WINDOW, heads.key_dim),
         corrections=(*of_values, WINDOW, heads.value_dim),
-        decays=(*of_values, WINDOW),
+        decays=(*of_values, WINDOW + 1),
         total=of_values,
         columns=(slots, heads.kernel, sum(heads.widths)),
     )
@@ -89,7 +90,7 @@ class DeltaState:
                 for part, kind, shape in zip(parts, dtypes, shapes, strict=True)
             ]
             self.layers.append(LayerState(*views))
-            self.layers[-1].decays.fill_(torch.inf)
+            self.layers[-1].decays[..., :WINDOW] = torch.inf
 
     @staticmethod
     def nbytes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> int:
@@ -116,12 +117,37 @@ class DeltaState:
             return
         for layer in self.layers:  # what is kept beside the matrices is added to them
             matrix, keys, corrections, decays, total, _ = (x[: self.count] for x in layer)
-            weighed = corrections * (total[..., None] - decays).exp()[..., None]
+            weighed = corrections * (total[..., None] - decays[..., :WINDOW]).exp()[..., None]
             weighed = weighed.transpose(2, 3).flatten(3).flatten(0, 1)  # (M KH, WINDOW, R Dv)
             matrix.mul_(total.exp()[:, :, None, :, None])
             matrix.flatten(3).flatten(0, 1).baddbmm_(keys.flatten(0, 1).mT, weighed)
-            decays.fill_(torch.inf)
+            decays[..., :WINDOW] = torch.inf
             total.zero_()
+
+    def recall(self, layer: int, qk: Tensor, v: Tensor, g: Tensor, beta: Tensor, at: Tensor):
+        """One token of the rule for each entry: keeps its key and correction, and returns what its
+        q reads, (M, KH, R, Dv).
+
+        qk: (M, KH, 2, Dk). v: (M, KH, R, Dv). g, beta: (M, KH, R). at: (1,) int64, the token's
+        number modulo WINDOW. All in float32 or wider.
+        """
+        matrix, keys, corrections, decays, total, _ = (x[: len(v)] for x in self.layers[layer])
+        total.add_(g)
+        since = (total[..., None] - decays).exp()  # 0 for tokens that are not there yet
+        decays.index_copy_(3, at, total[..., None])
+        keys.index_copy_(2, at, qk[:, :, 1:])
+        # what q and k read: of the matrix, and of the tokens since as in attention
+        pairs = qk.flatten(0, 1)
+        of_matrix = torch.bmm(pairs, matrix.flatten(3).flatten(0, 1))
+        scores = torch.bmm(pairs, keys.flatten(0, 1).mT).view(*qk.shape[:2], 1, 2, WINDOW)
+        weights = (scores * since[..., None, :WINDOW]).flatten(0, 2)
+        read = torch.bmm(weights, corrections.flatten(0, 2)).view(*v.shape[:3], 2, -1)
+        of_matrix = of_matrix.view(*qk.shape[:3], *v.shape[2:]).transpose(2, 3)
+        read.addcmul_(of_matrix, since[..., WINDOW:, None])
+        correction = (v - read[:, :, :, 1]).mul_(beta[..., None])
+        corrections.index_copy_(3, at, correction[:, :, :, None])
+        own = scores[:, :, :, 0].index_select(3, at)  # q . k
+        return torch.addcmul(read[:, :, :, 0], own, correction)
 
     def shrink(self, move: Move, layout: Layout, tokens: int) -> None:
         self.count = len(move.entries)
@@ -150,14 +176,21 @@ class DeltaStep:
         self.out = [Product.of(mixer.out_proj) for mixer in mixers]
         wide = torch.promote_types(mixers[0].conv1d.weight.dtype, torch.float32)
         self.conv = torch.stack([mixer.conv1d.weight.squeeze(1).T for mixer in mixers]).to(wide)
-        self.rate = torch.stack([-mixer.A_log.to(wide).exp() for mixer in mixers])
-        self.bias = torch.stack([mixer.dt_bias.to(wide) for mixer in mixers])
+        self.rate, self.bias = (
+            torch.stack([part(mixer).to(wide).view(heads.keys, -1) for mixer in mixers])
+            for part in (lambda mixer: -mixer.A_log.exp(), lambda mixer: mixer.dt_bias)
+        )
         self.norm = torch.stack([mixer.norm.weight.to(wide) for mixer in mixers])
+        self.widths = sum(heads.widths), heads.widths[2] + 2 * heads.values
         self.eps = config.rms_norm_eps
         self.ages = torch.arange(heads.kernel, device=device)
         self.length = self.conv.new_full((heads.key_dim,), heads.key_dim**-0.5)
         products = [x for product in (*self.inputs, *self.out) for x in product.tensors]
         self.tensors = [*products, self.conv, self.rate, self.bias, self.norm]
+
+    @staticmethod
+    def operations(config: QwenVLConfig) -> int:
+        return 42
 
     def begin(
         self,
@@ -172,42 +205,25 @@ class DeltaStep:
         return Token(state, tokens % WINDOW, tokens % kernel, self.conv.index_select(1, order))
 
     def __call__(self, layer: int, x: Tensor, residual: Tensor, token: Token) -> Tensor:
-        heads, count = self.heads, len(x)
-        kept = LayerState(*(part[:count] for part in token.state.layers[layer]))
-        wide, repeats = kept.total.dtype, heads.values // heads.keys
-        widths = (sum(heads.widths), heads.widths[2], 2 * heads.values)
-        columns, z, gates = self.inputs[layer](x).split(widths, 1)
+        heads, count, wide = self.heads, len(x), self.conv.dtype
+        columns, others = self.inputs[layer](x).split(self.widths, 1)
         # the convolution, over the newest columns in whatever order they lie
-        kept.columns.index_copy_(1, token.ring, columns[:, None])
-        mixed = F.silu((kept.columns * token.conv[layer]).sum(1))
+        kept = token.state.layers[layer].columns[:count]
+        kept.index_copy_(1, token.ring, columns[:, None])
+        mixed = F.silu((kept * token.conv[layer]).sum(1))
         qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
-        v = v.view(count, heads.keys, repeats, heads.value_dim)
         # Of length 1: a norm whose mean is a sum. What q is divided by besides is left to the norm
         # of the output, which does not see it but for its eps.
         qk = qk.view(count, 2, heads.keys, -1).transpose(1, 2).contiguous()
-        qk = F.rms_norm(qk, qk.shape[3:], self.length, EPS / heads.key_dim).flatten(0, 1)
-        beta, a = gates.to(wide).view(count, 2, heads.keys, repeats).unbind(1)
-        g = F.softplus(a + self.bias[layer].view(1, heads.keys, -1))
-        kept.total.addcmul_(g, self.rate[layer].view(1, heads.keys, -1))
-        since = (kept.total[..., None] - kept.decays).exp()  # 0 for tokens that are not there
-        kept.decays.index_copy_(3, token.at, kept.total[..., None])
-        kept.keys.index_copy_(2, token.at, qk[:, 1].view(count, heads.keys, 1, -1))
-        # what q and k read: of the matrix, and of the tokens since, as in attention
-        of_matrix = torch.bmm(qk, kept.matrix.flatten(3).flatten(0, 1))
-        scores = torch.bmm(qk, kept.keys.flatten(0, 1).mT).view(count, heads.keys, 1, 2, WINDOW)
-        of_window = torch.bmm(
-            (scores * since[:, :, :, None]).flatten(0, 2), kept.corrections.flatten(0, 2)
-        )
-        of_matrix = of_matrix.view(count, heads.keys, 2, repeats, -1).transpose(2, 3)
-        of_window = of_window.view(count, heads.keys, repeats, 2, -1)
-        read = of_window.addcmul_(of_matrix, kept.total.exp()[..., None, None])
-        correction = (v - read[:, :, :, 1]).mul_(beta.sigmoid()[..., None])
-        kept.corrections.index_copy_(3, token.at, correction[:, :, :, None])
-        own = scores[..., 0, :].index_select(3, token.at)  # q . k
-        out = torch.addcmul(read[:, :, :, 0], own, correction).view(count, heads.values, -1)
-        out = F.rms_norm(out, out.shape[2:], self.norm[layer], self.eps * heads.key_dim)
-        out = out * F.silu(z.to(wide)).view_as(out)
-        return self.out[layer](out.to(x.dtype).flatten(1), add=residual)
+        qk = F.rms_norm(qk, qk.shape[3:], self.length, EPS / heads.key_dim)
+        z, gates = others.to(wide).split((heads.widths[2], 2 * heads.values), 1)
+        b, a = gates.view(count, 2, *self.bias.shape[1:]).unbind(1)
+        g = F.softplus(a + self.bias[layer]) * self.rate[layer]
+        v = v.view(*g.shape, heads.value_dim)
+        out = token.state.recall(layer, qk, v, g, b.sigmoid(), token.at)
+        out = F.rms_norm(out, out.shape[3:], self.norm[layer], self.eps * heads.key_dim)
+        out = torch.mul(out.view_as(z), F.silu(z), out=torch.empty_like(z, dtype=x.dtype))
+        return self.out[layer](out, add=residual)
 
 
 class GatedNorm(nn.Module):
@@ -264,13 +280,13 @@ class GatedDeltaNet(nn.Module):
     @staticmethod
     def shared(
         config: QwenVLConfig, position_ids: Tensor, bounds: Bounds, dtype: torch.dtype
-    ) -> PackedChunks:
-        return PackedChunks(bounds.rows, config.delta.kernel, bounds.device)
+    ) -> list[PackedChunks]:
+        return packed_chunks(bounds.rows, config.delta.kernel, bounds.device)
 
     def forward(
         self,
         x: Tensor,
-        shared: PackedChunks,
+        shared: list[PackedChunks],
         store: Callable[[Tensor, Tensor], None] | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
@@ -281,8 +297,7 @@ class GatedDeltaNet(nn.Module):
         conv = self.conv1d.weight.squeeze(1)
         out, matrices = delta_rule(columns, g, beta, conv, shared, self.heads)
         if store is not None:
-            index, real = shared.ends
-            store(matrices, columns[index] * real[..., None])
+            store(matrices, last_columns(columns, shared))
         if read is not None:
             out, z = out[read], z[read]
         return self.out_proj(self.norm(out, z))

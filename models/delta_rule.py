@@ -21,8 +21,7 @@ Shapes: T packed tokens; N chunks of L tokens; H heads of values on KH of keys, 
 neighbours; Dk and Dv their dimensions; W = 2 KH Dk + H Dv columns of q | k | v.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,119 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import DeltaHeads
-from models.transfer import to_device
+from models.packed_chunks import Chunks, PackedChunks
 
-CHUNK = 64  # tokens at most
 EPS = 1e-6  # added to the square of the length of q and k: padding is 0
-
-
-class Chunks(NamedTuple):
-    """Where the chunks of some sequences lie, longest sequence first: all first chunks, then all
-    second ones, and so on.
-
-    index: (N, kernel - 1 + L) int64: the packed positions of a chunk's tokens and of those before
-    it that the convolution sees. real: the same shape, bool, False where there is no such token.
-    counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
-    which of the states before it each sequence begins with; None for prompts, which begin with 0.
-    size: L.
-    """
-
-    index: Tensor
-    real: Tensor
-    counts: tuple[int, ...]
-    start: Tensor | None
-    size: int
-
-
-@dataclass(frozen=True)
-class PackedChunks:
-    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution."""
-
-    rows: tuple[tuple[int, ...], ...]
-    kernel: int
-    device: torch.device
-
-    @cached_property
-    def sequences(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-        """(tokens, first packed position, row) of the prompts, and of the completions; the longest
-        first."""
-        prompts, completions, begin = [], [], 0
-        for row, lengths in enumerate(self.rows):
-            for number, length in enumerate(lengths):
-                (completions if number else prompts).append((length, begin, row))
-                begin += length
-        longest_first = [sorted(some, key=lambda s: -s[0]) for some in (prompts, completions)]
-        return longest_first[0], [s for s in longest_first[1] if s[0]]
-
-    @cached_property
-    def _place(self) -> Tensor:
-        return torch.tensor([row for _, _, row in self.sequences[0]]).argsort()
-
-    @cached_property
-    def place(self) -> Tensor:
-        """Where each row's prompt is in the order of `sequences`, (rows,) int64."""
-        return to_device(self._place, self.device)
-
-    @cached_property
-    def _on_host(self) -> list[Chunks]:
-        return [self._chunks(some) for some in self.sequences if some]
-
-    @cached_property
-    def chunks(self) -> list[Chunks]:
-        """Of the prompts, and of the completions if there are any."""
-
-        def moved(x):
-            return to_device(x, self.device) if isinstance(x, Tensor) else x
-
-        return [Chunks(*map(moved, part)) for part in self._on_host]
-
-    def _chunks(self, sequences: list[tuple[int, int, int]]) -> Chunks:
-        length, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
-        size = min(CHUNK, max(16, 1 << (sequences[0][0] - 1).bit_length()))
-        chunks = -(-length // size)
-        begin = torch.tensor([first for _, first, _ in self.sequences[0]])[self._place]
-        end = begin + torch.tensor([lengths[0] for lengths in self.rows])
-        shares = sequences is self.sequences[1]
-        index, real, counts = [], [], []
-        for i in range(int(chunks[0])):
-            counts.append(int((chunks > i).sum()))
-            at = i * size + torch.arange(1 - self.kernel, size)  # within each sequence
-            where, rows = first[: counts[-1], None] + at, row[: counts[-1], None]
-            if shares:  # what comes before a completion is its prompt's end
-                where = torch.where(at < 0, end[rows] + at, where)
-            index.append(where)
-            real.append((where >= begin[rows]) & (at < length[: counts[-1], None]))
-        real = torch.cat(real)
-        return Chunks(
-            index=torch.cat(index).masked_fill(~real, 0),
-            real=real,
-            counts=tuple(counts),
-            start=self._place[row] if shares else None,
-            size=size,
-        )
-
-    @cached_property
-    def found(self) -> Tensor:
-        """Where each packed token is in the chunks of the prompts and then of the completions, end
-        to end, (T,) int64."""
-        own, real = (
-            torch.cat([part[which][:, self.kernel - 1 :].flatten() for part in self._on_host])
-            for which in range(2)
-        )
-        found = torch.empty(sum(map(sum, self.rows)), dtype=torch.int64)
-        found[own[real]] = real.nonzero().squeeze(1)
-        return to_device(found, self.device)
-
-    @cached_property
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The packed positions of each prompt's last tokens that the convolution sees of the token
-        after it, (rows, kernel - 1) int64, and which of them exist."""
-        index, real = [], []
-        for length, first, _ in sorted(self.sequences[0], key=lambda s: s[2]):
-            at = first + length + torch.arange(1 - self.kernel, 0)
-            index.append(at.clamp(min=0))
-            real.append(at >= first)
-        return to_device(torch.stack(index), self.device), to_device(torch.stack(real), self.device)
 
 
 class Inside(NamedTuple):
@@ -169,26 +58,33 @@ def inside(columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, heads: DeltaH
     kernel). All in float32 or wider, and 0 for padding, which then changes no state.
     """
     mixed = F.silu(F.conv1d(columns.mT, conv[:, None], groups=len(conv)))
-    q, k, v = (x.unflatten(1, (-1, 1, dim)).mT for x, dim in zip(
-        mixed.split(heads.widths, 1), (heads.key_dim, heads.key_dim, heads.value_dim), strict=True
-    ))  # fmt: skip
+    of_qk, of_v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
+    of_qk = of_qk.unflatten(1, (2, heads.keys, heads.key_dim))
+    of_qk = of_qk * (of_qk.square().sum(3, keepdim=True) + EPS).rsqrt()
+    q, k = of_qk.permute(1, 0, 2, 4, 3).contiguous().unbind()  # (N, KH, L, Dk)
     repeats = heads.values // heads.keys
-    v = v.flatten(1, 2).unflatten(1, (-1, repeats))  # (N, KH, H / KH, L, Dv), as all that follows
-    q, k = (x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt() for x in (q, k))
-    q = q * heads.key_dim**-0.5
+    of_q, of_k = ((x @ k.mT)[:, :, None] for x in (q, k))
+    q, k = q[:, :, None], k[:, :, None]  # (N, KH, H / KH, ...), as all that follows
+    v = of_v.unflatten(1, (heads.keys, repeats, heads.value_dim)).mT
     g, beta = (x.mT.unflatten(1, (-1, repeats)) for x in (g, beta))
-    decayed = g.cumsum(-1)
-    size = g.shape[-1]
+    decayed, size = g.cumsum(-1), g.shape[-1]
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
     between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
-    since = decayed.exp()[..., None]
-    right = torch.cat((v * beta[..., None], k * (beta[..., None] * since)), -1)
-    system = k @ k.mT * (between * beta[..., None])  # and 1 on its diagonal
+    since, end = decayed.exp(), decayed[..., -1:]
+    right = torch.cat((v * beta[..., None], k * (beta * since)[..., None]), -1)
+    system = of_k * (between * beta[..., None])  # and 1 on its diagonal
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     u, w = solved.split((heads.value_dim, heads.key_dim), -1)
-    end = decayed[..., -1:]
-    parts = (q @ k.mT * between, u, w, q * since, k * (end - decayed).exp()[..., None])
-    return Inside(*(x.flatten(1, 2).contiguous() for x in (*parts, end.exp()[..., None])))
+    scale = heads.key_dim**-0.5
+    parts = Inside(
+        attn=of_q * (between * scale),
+        u=u,
+        w=w,
+        q=q * (since * scale)[..., None],
+        k=k * (end - decayed).exp()[..., None],
+        decay=end.exp()[..., None],
+    )
+    return Inside(*(x.flatten(1, 2).contiguous() for x in parts))
 
 
 def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,17 +200,22 @@ def gathered(
     """What `inside` takes of packed tensors, 0 for padding, all in float32 at least."""
     wide = torch.promote_types(columns.dtype, torch.float32)
     tail = conv.shape[1] - 1
-    own, real = part.index[:, tail:], part.real[:, tail:, None]
+    own, padding = part.index[:, tail:], ~part.real[..., None]
     return (
-        columns[part.index].to(wide) * part.real[..., None],
-        g[own].to(wide) * real,
-        beta[own].to(wide) * real,
+        columns[part.index].to(wide).masked_fill_(padding, 0),
+        g[own].to(wide).masked_fill_(padding[:, tail:], 0),
+        beta[own].to(wide).masked_fill_(padding[:, tail:], 0),
         conv.to(wide),
     )
 
 
 def delta_rule(
-    columns: Tensor, g: Tensor, beta: Tensor, conv: Tensor, packed: PackedChunks, heads: DeltaHeads
+    columns: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    conv: Tensor,
+    parts: Sequence[PackedChunks],
+    heads: DeltaHeads,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of packed rows, (T, H, Dv), and the states that their prompts end with, (rows, H,
     Dk, Dv), both float32 or wider.
@@ -322,5 +223,17 @@ def delta_rule(
     columns: (T, W), q | k | v before the convolution. g: (T, H), the logarithm of the decay, at
     most 0. beta: (T, H), 0 to 1. conv: (W, kernel), the last for the token itself.
     """
-    out, states = DeltaRule.apply(columns, g, beta, conv, packed, heads)
-    return out, states[packed.place]
+    outputs, states = [], []
+    for part in parts:
+        of_part = (x[part.tokens] for x in (columns, g, beta))
+        out, ends = DeltaRule.apply(*of_part, conv, part, heads)
+        outputs.append(out)
+        states.append(ends[part.place])
+    return torch.cat(outputs), torch.cat(states)
+
+
+def last_columns(columns: Tensor, parts: Sequence[PackedChunks]) -> Tensor:
+    """(rows, kernel - 1, W): of each prompt's last tokens, 0 where it has fewer."""
+    return torch.cat(
+        [columns[part.tokens][part.ends[0]] * part.ends[1][..., None] for part in parts]
+    )

@@ -138,6 +138,11 @@ class Step(Protocol):
 
     def __init__(self, config: QwenVLConfig, mixers: Sequence[Mixer], device: torch.device): ...
 
+    @staticmethod
+    def operations(config: QwenVLConfig) -> int:
+        """What a GPU launches for a decoder layer of this kind and a token, its feed-forward and
+        norms with it; adapters add to it."""
+
     def begin(
         self,
         state: State,

@@ -122,9 +122,9 @@ class Checked(list):
         return list(self)
 
 
-def data_of(*splits, processor=None) -> SimpleNamespace:
+def data_of(*splits, processor=None, answer_format="think") -> SimpleNamespace:
     """What `read_task` looks at."""
-    return SimpleNamespace(splits=splits, processor=processor)
+    return SimpleNamespace(splits=splits, processor=processor, answer_format=answer_format)
 
 
 def said(rows, texts: list[str]) -> list[Group]:

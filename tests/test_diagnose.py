@@ -36,8 +36,8 @@ def record(accuracy=0.0, layout=1.0, answer="tulip", truth="rose", why="wrong cl
     return Record(**(fields | more))
 
 
-def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES):
-    return grpo.run.diagnose.Watch(after, weights, failures, state, advice)
+def Watch(after, state=None, advice="", weights=WEIGHTS, failures=FAILURES, thought="open"):
+    return grpo.run.diagnose.Watch(after, weights, failures, state, advice, thought)
 
 
 def step_metrics(rows, weights=WEIGHTS, failures=FAILURES):
@@ -49,8 +49,8 @@ def groups(rows):
     return [SimpleNamespace(records=records) for records in rows]
 
 
-def look(watch, step, rows, hints=()):
-    return watch.look(step, groups(rows), lambda groups, task: hints, None)
+def look(watch, step, rows, hints=(), task=None):
+    return watch.look(step, groups(rows), lambda groups, task: hints, task)
 
 
 def lively(**more):
@@ -220,6 +220,52 @@ def test_hints_of_the_script_are_causes_of_the_main_term_only():
     assert f"usual causes:\n  {hint}" in said[LOW] and f"\n  {hint}" in said[DEAD]
     assert hint not in said["diagnosis/format/at_minimum"]
     assert "`1` for `rose`" not in said["diagnosis/format/at_minimum"]
+
+
+PAID, BARE = "<think>petals</think><answer>tulip</answer>", "<answer>tulip</answer>"
+
+
+@pytest.mark.parametrize(
+    "thought, wanted, texts, name, done",
+    [
+        ("closed", "answer", [PAID, PAID, BARE], "another_thought", "open another"),
+        ("closed", "think", [PAID, BARE, BARE], "no_thought", "open no other"),
+        ("closed", "answer", [PAID, BARE, BARE], None, ""),
+        ("closed", "think", [PAID, PAID, BARE], None, ""),
+        ("closed", "answer", [PAID, BARE], None, ""),  # half is not most
+        ("opened", "think", [PAID, PAID, BARE], None, ""),
+        ("open", "answer", [PAID, PAID, BARE], None, ""),
+    ],
+)
+def test_most_answers_open_a_thought_after_a_closed_one(thought, wanted, texts, name, done):
+    """Said even if a few earn the format reward: no term is flat here."""
+    watch, task = Watch(2, thought=thought), SimpleNamespace(answer_format=wanted)
+    row = [record(completion=text, layout=float(i == 0)) for i, text in enumerate(texts)]
+    row += [record(completion=texts[0], accuracy=1.0), record(completion=texts[-1])]
+    assert look(watch, 1, [row], (), task) == {}
+    found = look(watch, 2, [row], (), task)
+    if name is None:
+        assert found == {}
+        return
+    misfit = PAID if wanted == "answer" else BARE
+    count = 2 * sum(r.completion == misfit for r in row)
+    assert list(found) == [f"diagnosis/{name}"]
+    lines = found[f"diagnosis/{name}"].split("\n")
+    said = f"the prompt has closed the thought, and {count} answers {done} since step 1 "
+    assert lines[0] == said + "(up to step 2: 10 completions)."
+    assert lines[-1] == f"  {misfit}"
+    assert look(watch, 3, [row], (), task) == {}, "once"
+
+
+def test_a_step_in_which_most_answers_fit_begins_the_count_again():
+    watch, task = Watch(2, thought="closed"), SimpleNamespace(answer_format="answer")
+    earned = {"accuracy": 1.0}, {"layout": 0.0}, {}
+    thinking, bare = ([[record(completion=c, **e) for e in earned]] for c in (PAID, BARE))
+    found = [look(watch, i, rows, (), task) for i, rows in enumerate([thinking, bare, thinking])]
+    assert found == [{}] * 3
+    state = json.loads(json.dumps(watch.state()))
+    again = Watch(2, state, thought="closed")
+    assert list(look(again, 3, thinking, (), task)) == ["diagnosis/another_thought"]
 
 
 def test_the_completion_shown_failed_for_the_most_frequent_reason():

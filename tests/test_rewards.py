@@ -171,6 +171,70 @@ def test_format_rejects(completion):
     assert format_reward(completion) == 0.0
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<answer>y</answer>",
+        "  \n\t<answer>\ny\n</answer>\n\n",
+        "\u3000<answer>y</answer>",
+        "<answer>a < b <b>y</b></answer>",
+        "<answer>\ud800\0\u200f</answer>",
+        "<answer>I think: y</answer>",
+        "<answer>in <THINK> case</answer>",
+    ],
+)
+def test_the_answer_alone_is_accepted(completion):
+    assert format_reward(completion, "answer") == 1.0
+    assert format_reward(completion) == format_reward(completion, "think") == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "   ",
+        "y",
+        "<answer>",
+        "</answer>",
+        "<answer>y",
+        "y</answer>",
+        "</answer>y<answer>",
+        "<answer></answer>",
+        "<answer> \n</answer>",
+        "<answer>\u3000</answer>",
+        "so <answer>y</answer>",
+        "<answer>y</answer>.",
+        "\0<answer>y</answer>",
+        "\u200b<answer>y</answer>",
+        "<answer>y</answer>\u200f",
+        "<answer>y</answer><answer>y</answer>",
+        "<answer><answer>y</answer></answer>",
+        "<answer>y</answer></answer>",
+        "<answer><answer>y</answer>",
+        "<answer>y</answer>z</answer>",
+        "<answer>y<answer>z</answer>",
+        "<ANSWER>y</ANSWER>",
+        "<Answer>y</Answer>",
+        "<answer >y</answer >",
+        "<think>x</think><answer>y</answer>",
+        "<think></think><answer>y</answer>",
+        "<think>\n\n</think>\n\n<answer>y</answer>",
+        "<think><answer>y</answer>",
+        "</think><answer>y</answer>",
+        "x</think><answer>y</answer>",
+        "<answer>y</answer><think>",
+        "<answer>y</answer></think>",
+        "<answer>y<think></answer>",
+        "<answer>y</think></answer>",
+        "<answer><think>x</think>y</answer>",
+        "<think><answer>y</answer></think>",
+        "<answer>y</answer><think>x</think>",
+    ],
+)
+def test_all_else_is_no_answer_alone(completion):
+    assert format_reward(completion, "answer") == 0.0
+
+
 # ------------------------------------------------------------------------------------ normalize
 
 
@@ -417,7 +481,10 @@ def test_a_megabyte_earns_nothing_and_comes_back(name):
         find_answer(text)
         assert accuracy_reward(text, "tulip", {"tulip": ["lily"]}) == 0.0
         assert accuracy_reward(text, "tulip", match="visual_rft") == 0.0
+        format_reward(text, "answer")
     assert format_reward(HUGE[name]) == 0.0
+    alone = HUGE[name].startswith("<answer>") and find_answer(HUGE[name])[0] is not None
+    assert format_reward(HUGE[name], "answer") == alone
     normalize(HUGE[name])
 
 
@@ -450,8 +517,9 @@ def test_no_text_raises_or_leaves_zero_to_one(text, match):
     answer, reason = find_answer(text)
     assert (answer is None) == (reason != "")
     assert answer is None or (answer and answer == answer.strip() and answer in text)
-    assert format_reward(text) in (0.0, 1.0)
-    if format_reward(text):
+    layouts = [format_reward(text, wanted) for wanted in ("think", "answer")]
+    assert layouts in ([0.0, 0.0], [0.0, 1.0], [1.0, 0.0])
+    if any(layouts):
         assert answer is not None
     reward = accuracy_reward(text, "<answer>rose</answer>", {"Rose": ["Rosa"]}, match)
     assert isinstance(reward, float)

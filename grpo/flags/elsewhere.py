@@ -75,6 +75,7 @@ ELSEWHERE = {
     "remove_unused_columns": "leave it out: other columns are ignored",
     "dataset_config": "give --dataset_name the folder or file itself",
     "freeze_vision_modules": "use --freeze_vision",
+    "chat_template_kwargs": "use --enable_thinking; other switches of a template are not set",
 }
 
 # The same for every other flag that begins so.

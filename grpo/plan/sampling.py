@@ -12,6 +12,7 @@ from models.decoding.cache import cache_bytes
 from models.decoding.generate import PREFILL
 from models.decoding.graphs import MOST
 from models.decoding.rectangle import few_lengths
+from models.families import mixers_of
 from models.mixer import Layout
 
 GRAPH_NODE = 10e3  # bytes that CUDA holds for each operation of a graph
@@ -43,7 +44,8 @@ def graph_bytes(config: TrainingConfig, facts: Facts, prompts: int, group: int) 
     longest = few_lengths(facts.longest_prompt)
     cache = max(_cache(config, facts, *shape, longest) for shape in shapes)
     logits = max(map(math.prod, shapes)) * facts.model.vocab_size * logit_bytes(config)
-    return cache + logits + MOST * (60 + 17 * facts.model.num_hidden_layers) * GRAPH_NODE
+    operations = 60 + sum(kind.Step.operations(facts.model) for kind in mixers_of(facts.model))
+    return cache + logits + MOST * operations * GRAPH_NODE
 
 
 def _cache(config: TrainingConfig, facts: Facts, prompts: int, group: int, longest: int) -> int:

@@ -37,6 +37,11 @@ class Data:
     def splits(self) -> tuple[SplitRows, SplitRows]:
         return self.rows, self.held_out
 
+    @property
+    def answer_format(self) -> str:
+        """--answer_format, or what it is by default: "think" or "answer"."""
+        return self.rows.wording.answer_format
+
     @cached_property
     def eval_rows(self) -> list[Row]:
         """The held-out rows that evaluations take: the first --eval_samples."""
@@ -50,7 +55,9 @@ def load_data(config, ranks: Ranks) -> Data:
     wrong with single rows is in `SplitRows.faults`.
     """
     folder = find_folder(config.model_name_or_path)
-    processor = Processor(folder, config.min_pixels, config.max_pixels)
+    processor = Processor(
+        folder, config.min_pixels, config.max_pixels, enable_thinking=config.enable_thinking
+    )
     sizes = check_checkpoint(folder)
     rows, held_out = load_splits(config, processor, ranks.progress)
     return Data(rows, held_out, processor, folder, sizes, config.eval_samples)

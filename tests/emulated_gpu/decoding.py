@@ -28,10 +28,11 @@ OPERATIONS, WAITS = torch._rehearsal
 SHORT, LONG, GROUP = 33, 97, 4  # tokens: both end with a look at what has ended
 
 
-def make(family: str, layers: int, adapters: bool = False):
+def make(family: str, layers: int, adapters: bool = False, kind: str | None = None):
+    """kind: of all layers, where a family has several; None takes them in turn."""
     config = family_config(family)
-    kinds = config.layer_types * (layers // config.num_hidden_layers)
-    config = replace(config, num_hidden_layers=layers, layer_types=kinds)
+    types = layers * config.layer_types if kind is None else layers * (kind,)
+    config = replace(config, num_hidden_layers=layers, layer_types=types[:layers])
     model = tiny_model(config, torch.float32)
     if adapters:
         model.adapt(LoRA(4, 8.0))
@@ -66,8 +67,8 @@ def per_token(model) -> tuple[Counter, float]:
     return Counter({n: c / between for n, c in long.items()}), sum(many.values()) / between
 
 
-def launches(family: str, adapters: bool) -> dict:
-    (small, waits), (large, _) = (per_token(make(family, n, adapters)) for n in (4, 8))
+def launches(family: str, adapters: bool, kind: str | None = None) -> dict:
+    (small, waits), (large, _) = (per_token(make(family, n, adapters, kind)) for n in (4, 8))
     layer = (sum(large.values()) - sum(small.values())) / 4
     return {"layer": layer, "rest": sum(small.values()) - 4 * layer, "waits": waits}
 
@@ -95,12 +96,15 @@ def captured(family: str, adapters: bool) -> dict:
 
 
 def main() -> None:
-    cases = [(family, False) for family in FAMILIES] + [("qwen2_5_vl", True)]
+    cases = [(family, False) for family in FAMILIES]
+    cases += [("qwen2_5_vl", True), ("qwen3_5", True)]
     found = {
         family + " with adapters" * adapters: launches(family, adapters)
         | captured(family, adapters)
         for family, adapters in cases
     }
+    for kind in ("full_attention", "linear_attention"):
+        found[f"qwen3_5 {kind}"] = launches("qwen3_5", False, kind)
     print(json.dumps(found))
 
 

@@ -1,0 +1,155 @@
+"""Packed rows cut into chunks: which tokens a recurrence computes together, and in what order.
+
+Prompts come first, then the completions, which begin where their prompt ends. Everything here is
+indexes, made once for all layers of a pass.
+
+Shapes: T packed tokens; N chunks of L tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.transfer import to_device
+
+CHUNK = 64  # tokens at most
+AT_ONCE = 4096  # tokens of rows that are computed together, unless one row is longer
+
+
+class Chunks(NamedTuple):
+    """Where the chunks of some sequences lie, longest sequence first: all first chunks, then all
+    second ones, and so on.
+
+    index: (N, kernel - 1 + L) int64: the packed positions of a chunk's tokens and of those before
+    it that the convolution sees. real: the same shape, bool, False where there is no such token.
+    counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
+    which of the states before it each sequence begins with; None for prompts, which begin with 0.
+    size: L.
+    """
+
+    index: Tensor
+    real: Tensor
+    counts: tuple[int, ...]
+    start: Tensor | None
+    size: int
+
+
+@dataclass(frozen=True)
+class PackedChunks:
+    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution. first:
+    where these rows begin in a longer packed tensor."""
+
+    rows: tuple[tuple[int, ...], ...]
+    kernel: int
+    device: torch.device
+    first: int = 0
+
+    @property
+    def tokens(self) -> slice:
+        """Those of these rows in the longer tensor."""
+        return slice(self.first, self.first + sum(map(sum, self.rows)))
+
+    @cached_property
+    def sequences(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """(tokens, first packed position, row) of the prompts, and of the completions; the longest
+        first."""
+        prompts, completions, begin = [], [], 0
+        for row, lengths in enumerate(self.rows):
+            for number, length in enumerate(lengths):
+                (completions if number else prompts).append((length, begin, row))
+                begin += length
+        longest_first = [sorted(some, key=lambda s: -s[0]) for some in (prompts, completions)]
+        return longest_first[0], [s for s in longest_first[1] if s[0]]
+
+    @cached_property
+    def _place(self) -> Tensor:
+        return torch.tensor([row for _, _, row in self.sequences[0]]).argsort()
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Where each row's prompt is in the order of `sequences`, (rows,) int64."""
+        return to_device(self._place, self.device)
+
+    @cached_property
+    def _on_host(self) -> list[Chunks]:
+        return [self._chunks(some) for some in self.sequences if some]
+
+    @cached_property
+    def chunks(self) -> list[Chunks]:
+        """Of the prompts, and of the completions if there are any."""
+
+        def moved(x):
+            return to_device(x, self.device) if isinstance(x, Tensor) else x
+
+        return [Chunks(*map(moved, part)) for part in self._on_host]
+
+    def _chunks(self, sequences: list[tuple[int, int, int]]) -> Chunks:
+        length, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
+        size = min(CHUNK, max(16, 1 << (sequences[0][0] - 1).bit_length()))
+        chunks = -(-length // size)
+        begin = torch.tensor([first for _, first, _ in self.sequences[0]])[self._place]
+        end = begin + torch.tensor([lengths[0] for lengths in self.rows])
+        shares = sequences is self.sequences[1]
+        index, real, counts = [], [], []
+        for i in range(int(chunks[0])):
+            counts.append(int((chunks > i).sum()))
+            at = i * size + torch.arange(1 - self.kernel, size)  # within each sequence
+            where, rows = first[: counts[-1], None] + at, row[: counts[-1], None]
+            if shares:  # what comes before a completion is its prompt's end
+                where = torch.where(at < 0, end[rows] + at, where)
+            index.append(where)
+            real.append((where >= begin[rows]) & (at < length[: counts[-1], None]))
+        real = torch.cat(real)
+        return Chunks(
+            index=torch.cat(index).masked_fill(~real, 0),
+            real=real,
+            counts=tuple(counts),
+            start=self._place[row] if shares else None,
+            size=size,
+        )
+
+    @cached_property
+    def found(self) -> Tensor:
+        """Where each packed token is in the chunks of the prompts and then of the completions, end
+        to end, (T,) int64."""
+        own, real = (
+            torch.cat([part[which][:, self.kernel - 1 :].flatten() for part in self._on_host])
+            for which in range(2)
+        )
+        found = torch.empty(sum(map(sum, self.rows)), dtype=torch.int64)
+        found[own[real]] = real.nonzero().squeeze(1)
+        return to_device(found, self.device)
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The packed positions of each prompt's last tokens that the convolution sees of the token
+        after it, (rows, kernel - 1) int64, and which of them exist."""
+        index, real = [], []
+        for length, first, _ in sorted(self.sequences[0], key=lambda s: s[2]):
+            at = first + length + torch.arange(1 - self.kernel, 0)
+            index.append(at.clamp(min=0))
+            real.append(at >= first)
+        return to_device(torch.stack(index), self.device), to_device(torch.stack(real), self.device)
+
+
+def packed_chunks(
+    rows: Sequence[tuple[int, ...]], kernel: int, device: torch.device
+) -> list[PackedChunks]:
+    """The rows in as few parts as AT_ONCE allows, so that what a part forms for a moment is little
+    beside what a pass keeps."""
+    parts, first, tokens = [[]], 0, 0
+    for row in rows:
+        if parts[-1] and tokens + sum(row) > AT_ONCE:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += sum(row)
+    made = []
+    for part in parts:
+        made.append(PackedChunks(tuple(part), kernel, device, first))
+        first = made[-1].tokens.stop
+    return made
