@@ -23,6 +23,7 @@ FLOAT32 = {  # name: script, flags
     "two updates, small packs": ("train_cls", f"{FLOWERS} {MUCH}"),
     "qwen2_5_vl": ("train_cls", RANDOM),
     "qwen3_vl": ("train_cls", RANDOM),
+    "qwen3_5": ("train_cls", RANDOM),
 }
 BF16 = {
     "flowers": ("train_cls", FLOWERS),
@@ -31,6 +32,7 @@ BF16 = {
     "8 bits, offloaded": ("train_cls", f"{FLOWERS} --optim adamw_8bit --cpu_offload"),
     "qwen2_5_vl": ("train_cls", RANDOM),
     "qwen3_vl": ("train_cls", RANDOM),
+    "qwen3_5": ("train_cls", RANDOM),
 }
 ON_CPU, ONE, TWO = ["venv/bin/python"], ["python"], ["torchrun", 2]
 
@@ -39,7 +41,7 @@ ON_CPU, ONE, TWO = ["venv/bin/python"], ["python"], ["torchrun", 2]
 def runs(start, tmp_path_factory):
     """Folder of each run: runs[device][case]."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    random = ("qwen2_5_vl", "qwen3_vl")
+    random = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
     models = {family: make_checkpoint(folder / family, "tiny", family) for family in random}
 
     def case(name: str, dtype: str, script: str, flags: str) -> dict:
