@@ -2,9 +2,10 @@
 
     python -m benchmarks.real_shapes --model "Qwen2-VL 2B" --json FILE
 
-LoRA, or --all_weights. 2 prompts x 2 completions x 8 tokens, an image of 448 pixels (512 from Qwen3-VL on: as many
-tokens), in bfloat16, with random rewards. Prints each phase's seconds, and its memory beside what
-`--dry_run` predicts. Weights are made in a temporary folder, which takes twice their size on disk.
+With LoRA, or --all_weights. 2 prompts x 2 completions x 8 tokens, an image of 448 pixels (512 from
+Qwen3-VL on: as many tokens), in bfloat16, with random rewards. Prints each phase's seconds, and its
+memory beside what `--dry_run` predicts. Weights are made in a temporary folder, which takes twice
+their size on disk.
 """
 
 import argparse

@@ -243,7 +243,8 @@ def delta_rule(
     Dk, Dv), both float32 or wider.
 
     columns: (T, W), q | k | v before the convolution. g: (T, H) float32 or wider, the logarithm of
-    the decay, at most 0. beta: (T, H) in g's dtype, 0 to 1. conv: (W, kernel), the last for the token itself.
+    the decay, at most 0. beta: (T, H) in g's dtype, 0 to 1. conv: (W, kernel), the last for the
+    token itself.
     """
     outputs, states = [], []
     for part in parts:

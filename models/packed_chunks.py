@@ -25,9 +25,9 @@ class Chunks(NamedTuple):
     second ones, and so on.
 
     index: (N, L) int64, the packed positions of a chunk's tokens. real: the same shape, bool, False
-    for what fills up a sequence's last chunk, whose index is some token's. counts: how many sequences have a first chunk, a second one, .... start: (sequences,) int64,
-    which of the states before it each sequence begins with; None for prompts, which begin with 0.
-    size: L.
+    for what fills up a sequence's last chunk, whose index is some token's. counts: how many
+    sequences have a first chunk, a second one, .... start: (sequences,) int64, which of the states
+    before it each sequence begins with; None for prompts, which begin with 0. size: L.
     """
 
     index: Tensor
