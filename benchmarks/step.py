@@ -43,16 +43,18 @@ def random_reward(text: str) -> float:
 
 def endless_and_by_chance(script) -> None:
     """Patches a training script: completions have full length and random rewards."""
+    import grpo.run.data
+
     score = script.score
 
-    class Endless(script.Processor):
+    class Endless(grpo.run.data.Processor):
         suppressed_ids = property(lambda self: [*super().suppressed_ids, *self.stop_ids])
 
     def scored(completion, *arguments):
         true = score(completion, *arguments)
         return true if all(true.values()) else {name: random_reward(completion) for name in true}
 
-    script.Processor, script.score = Endless, scored
+    grpo.run.data.Processor, script.score = Endless, scored
 
 
 def resident() -> float:
