@@ -34,15 +34,15 @@ WINDOW = 16  # tokens
 class LayerState(NamedTuple):
     """Of a layer's entries; all but columns in float32 or wider.
 
-    matrix: (slots, KH, Dk, R, Dv). Of the tokens since, by their number modulo WINDOW: keys,
-    (slots, KH, WINDOW, Dk); corrections, (slots, KH, R, WINDOW, Dv); decays, (slots, KH, R, WINDOW
-    + 1), the sum of g from the matrix to the token, infinite where there is none yet, and last 0,
-    the matrix's own. total: (slots, KH, R), the newest token's. columns: (slots, kernel, W) in the
-    model's dtype, what the convolution takes, by the tokens' number modulo kernel.
+    memory: (slots, KH, Dk, R Dv + WINDOW), the matrix, and beside it the keys of the tokens since,
+    by their number modulo WINDOW. Of these tokens also corrections, (slots, KH, R, WINDOW, Dv);
+    decays, (slots, KH, R, WINDOW + 1), the sum of g from the matrix to the token, infinite where
+    there is none yet, and last 0, the matrix's own. total: (slots, KH, R, 1), the newest token's.
+    columns: (slots, kernel, W) in the model's dtype, what the convolution takes, by the tokens'
+    number modulo kernel.
     """
 
-    matrix: Tensor
-    keys: Tensor
+    memory: Tensor
     corrections: Tensor
     decays: Tensor
     total: Tensor
@@ -52,13 +52,13 @@ class LayerState(NamedTuple):
 def _shapes(config: QwenVLConfig, layout: Layout) -> LayerState:
     """The shape of each part."""
     heads, slots = config.delta, layout.slots
-    of_values = slots, heads.keys, heads.values // heads.keys
+    repeats = heads.values // heads.keys
+    of_values = slots, heads.keys, repeats
     return LayerState(
-        matrix=(slots, heads.keys, heads.key_dim, of_values[2], heads.value_dim),
-        keys=(slots, heads.keys, WINDOW, heads.key_dim),
+        memory=(slots, heads.keys, heads.key_dim, repeats * heads.value_dim + WINDOW),
         corrections=(*of_values, WINDOW, heads.value_dim),
         decays=(*of_values, WINDOW + 1),
-        total=of_values,
+        total=(*of_values, 1),
         columns=(slots, heads.kernel, sum(heads.widths)),
     )
 
@@ -74,13 +74,14 @@ def _sizes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> list[int
 class DeltaState:
     """The matrices of each sample, which begin as its prompt's, and what is kept beside them.
 
-    Entry i of the batch is the i-th of each tensor.
+    Entry i of the batch is the i-th of each tensor. layers: all entries that there is room for;
+    batch: the entries that are decoded.
     """
 
     def __init__(self, config: QwenVLConfig, layout: Layout, memory: Tensor, dtype: torch.dtype):
         wide = torch.promote_types(dtype, torch.float32)
         shapes, sizes = _shapes(config, layout), _sizes(config, layout, dtype)
-        self.layout, self.count, self.device = layout, layout.slots, memory.device
+        self.heads, self.layout, self.device = config.delta, layout, memory.device
         self.layers = []
         for layer in memory.unbind():
             parts = layer[: sum(sizes)].split(sizes)
@@ -91,10 +92,20 @@ class DeltaState:
             ]
             self.layers.append(LayerState(*views))
             self.layers[-1].decays[..., :WINDOW] = torch.inf
+        self._take(layout.slots)
+
+    def _take(self, count: int) -> None:
+        """The batch is the first `count` entries."""
+        self.count = count
+        self.batch = [LayerState(*(part[:count] for part in layer)) for layer in self.layers]
 
     @staticmethod
     def nbytes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> int:
         return sum(_sizes(config, layout, dtype))
+
+    def matrix(self, layer: LayerState) -> Tensor:
+        """(M, KH, Dk, R, Dv), a part of its memory."""
+        return layer.memory[..., :-WINDOW].unflatten(3, (-1, self.heads.value_dim))
 
     def expect(self, first: int, lengths: list[int]) -> None:
         self._expected = slice(first, first + len(lengths))
@@ -102,11 +113,12 @@ class DeltaState:
     def store(self, layer: int, matrices: Tensor, columns: Tensor) -> None:
         """matrices: (prompts, H, Dk, Dv). columns: (prompts, kernel - 1, W), before the
         convolution."""
-        kept = self.layers[layer]
-        of_prompts = [x.unflatten(0, (-1, self.layout.group))[self._expected] for x in kept]
-        repeats = kept.matrix.shape[3]
-        of_prompts[0].copy_(matrices.unflatten(1, (-1, repeats)).transpose(2, 3)[:, None])
-        of_prompts[-1][:, :, 1:] = columns[:, None]
+        kept, group = self.layers[layer], self.layout.group
+        of_prompts, of_columns = (
+            x.unflatten(0, (-1, group))[self._expected] for x in (self.matrix(kept), kept.columns)
+        )
+        of_prompts.copy_(matrices.unflatten(1, (self.heads.keys, -1)).transpose(2, 3)[:, None])
+        of_columns[:, :, 1:] = columns[:, None]
 
     def index(self, slots: list[int], lengths: list[int], tokens: int) -> tuple[Tensor, ...]:
         assert len(slots) == self.count  # entries follow each other in memory
@@ -115,12 +127,13 @@ class DeltaState:
     def between(self, tokens: int) -> None:
         if tokens == 0 or tokens % WINDOW:
             return
-        for layer in self.layers:  # what is kept beside the matrices is added to them
-            matrix, keys, corrections, decays, total, _ = (x[: self.count] for x in layer)
-            weighed = corrections * (total[..., None] - decays[..., :WINDOW]).exp()[..., None]
+        for layer in self.batch:  # what is kept beside the matrices is added to them
+            memory, corrections, decays, total, _ = layer
+            weighed = corrections * (total - decays[..., :WINDOW]).exp()[..., None]
             weighed = weighed.transpose(2, 3).flatten(3).flatten(0, 1)  # (M KH, WINDOW, R Dv)
-            matrix.mul_(total.exp()[:, :, None, :, None])
-            matrix.flatten(3).flatten(0, 1).baddbmm_(keys.flatten(0, 1).mT, weighed)
+            self.matrix(layer).mul_(total.exp()[:, :, None])
+            matrix, keys = memory.flatten(0, 1).split((weighed.shape[2], WINDOW), 2)
+            matrix.baddbmm_(keys, weighed)
             decays[..., :WINDOW] = torch.inf
             total.zero_()
 
@@ -128,32 +141,31 @@ class DeltaState:
         """One token of the rule for each entry: keeps its key and correction, and returns what its
         q reads, (M, KH, R, Dv).
 
-        qk: (M, KH, 2, Dk). v: (M, KH, R, Dv). g, beta: (M, KH, R). at: (1,) int64, the token's
+        qk: (M, KH, 2, Dk). v: (M, KH, R, Dv). g, beta: (M, KH, R, 1). at: (1,) int64, the token's
         number modulo WINDOW. All in float32 or wider.
         """
-        matrix, keys, corrections, decays, total, _ = (x[: len(v)] for x in self.layers[layer])
+        memory, corrections, decays, total, _ = self.batch[layer]
         total.add_(g)
-        since = (total[..., None] - decays).exp()  # 0 for tokens that are not there yet
-        decays.index_copy_(3, at, total[..., None])
-        keys.index_copy_(2, at, qk[:, :, 1:])
+        since = (total - decays).exp_()  # 0 for tokens that are not there yet
+        decays.index_copy_(3, at, total)
+        memory[..., -WINDOW:].index_copy_(3, at, qk[:, :, 1, :, None])
         # what q and k read: of the matrix, and of the tokens since as in attention
-        pairs = qk.flatten(0, 1)
-        of_matrix = torch.bmm(pairs, matrix.flatten(3).flatten(0, 1))
-        scores = torch.bmm(pairs, keys.flatten(0, 1).mT).view(*qk.shape[:2], 1, 2, WINDOW)
-        weights = (scores * since[..., None, :WINDOW]).flatten(0, 2)
+        read = torch.bmm(qk.flatten(0, 1), memory.flatten(0, 1)).view(*qk.shape[:3], -1)
+        of_matrix, scores = read.split((read.shape[3] - WINDOW, WINDOW), 3)
+        weights = (scores[:, :, None] * since[..., None, :WINDOW]).flatten(0, 2)
         read = torch.bmm(weights, corrections.flatten(0, 2)).view(*v.shape[:3], 2, -1)
-        of_matrix = of_matrix.view(*qk.shape[:3], *v.shape[2:]).transpose(2, 3)
+        of_matrix = of_matrix.unflatten(3, v.shape[2:]).transpose(2, 3)
         read.addcmul_(of_matrix, since[..., WINDOW:, None])
-        correction = (v - read[:, :, :, 1]).mul_(beta[..., None])
+        correction = (v - read[:, :, :, 1]).mul_(beta)
         corrections.index_copy_(3, at, correction[:, :, :, None])
-        own = scores[:, :, :, 0].index_select(3, at)  # q . k
+        own = scores[:, :, :1].index_select(3, at)  # q . k
         return torch.addcmul(read[:, :, :, 0], own, correction)
 
     def shrink(self, move: Move, layout: Layout, tokens: int) -> None:
-        self.count = len(move.entries)
         entries = torch.tensor(move.entries, device=self.device)
         for kept in (x for layer in self.layers for x in layer):
-            kept[: self.count] = kept.index_select(0, entries)
+            kept[: len(entries)] = kept.index_select(0, entries)
+        self._take(len(entries))
 
 
 class Token(NamedTuple):
@@ -177,8 +189,8 @@ class DeltaStep:
         wide = torch.promote_types(mixers[0].conv1d.weight.dtype, torch.float32)
         self.conv = torch.stack([mixer.conv1d.weight.squeeze(1).T for mixer in mixers]).to(wide)
         self.rate, self.bias = (
-            torch.stack([part(mixer).to(wide).view(heads.keys, -1) for mixer in mixers])
-            for part in (lambda mixer: -mixer.A_log.exp(), lambda mixer: mixer.dt_bias)
+            torch.stack(parts).to(wide).view(len(mixers), heads.keys, -1, 1)
+            for parts in ([-mixer.A_log.exp() for mixer in mixers], [m.dt_bias for m in mixers])
         )
         self.norm = torch.stack([mixer.norm.weight.to(wide) for mixer in mixers])
         self.widths = sum(heads.widths), heads.widths[2] + 2 * heads.values
@@ -206,9 +218,9 @@ class DeltaStep:
 
     def __call__(self, layer: int, x: Tensor, residual: Tensor, token: Token) -> Tensor:
         heads, count, wide = self.heads, len(x), self.conv.dtype
+        kept = token.state.batch[layer].columns
         columns, others = self.inputs[layer](x).split(self.widths, 1)
         # the convolution, over the newest columns in whatever order they lie
-        kept = token.state.layers[layer].columns[:count]
         kept.index_copy_(1, token.ring, columns[:, None])
         mixed = F.silu((kept * token.conv[layer]).sum(1))
         qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
@@ -219,7 +231,7 @@ class DeltaStep:
         z, gates = others.to(wide).split((heads.widths[2], 2 * heads.values), 1)
         b, a = gates.view(count, 2, *self.bias.shape[1:]).unbind(1)
         g = F.softplus(a + self.bias[layer]) * self.rate[layer]
-        v = v.view(*g.shape, heads.value_dim)
+        v = v.view(*g.shape[:3], heads.value_dim)
         out = token.state.recall(layer, qk, v, g, b.sigmoid(), token.at)
         out = F.rms_norm(out, out.shape[3:], self.norm[layer], self.eps * heads.key_dim)
         out = torch.mul(out.view_as(z), F.silu(z), out=torch.empty_like(z, dtype=x.dtype))
@@ -281,7 +293,7 @@ class GatedDeltaNet(nn.Module):
     def shared(
         config: QwenVLConfig, position_ids: Tensor, bounds: Bounds, dtype: torch.dtype
     ) -> list[PackedChunks]:
-        return packed_chunks(bounds.rows, config.delta.kernel, bounds.device)
+        return packed_chunks(bounds.rows, config.delta, bounds.device)
 
     def forward(
         self,

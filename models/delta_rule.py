@@ -12,7 +12,8 @@ backward pass the gradients of all completions arrive there.
 
 Sequences are cut into chunks (section 3.3 of the paper). Within a chunk everything is a product of
 matrices, for all chunks of all sequences at once; only the states go from chunk to chunk in turn.
-Of all this the backward pass keeps the inputs and a state for each chunk, and forms the rest again.
+Of all this the backward pass keeps the inputs and for each chunk a state and the inverse of a
+matrix, and forms the rest again.
 The rule is computed in float32 at least, whatever the inputs are.
 
 Not here: one token at a time (models/delta_net.py).
@@ -51,11 +52,13 @@ class Inside(NamedTuple):
     decay: Tensor
 
 
-def inside(qk: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Inside:
-    """`Inside` of each chunk.
+def inside(
+    qk: Tensor, v: Tensor, g: Tensor, beta: Tensor, known: Tensor | None = None
+) -> tuple[Inside, Tensor]:
+    """`Inside` of each chunk, and the inverse that its corrections take.
 
     qk: (2, N, KH, L, Dk), q and k of any length. v: (N, KH, H / KH, L, Dv). g, beta: (N, KH, H /
-    KH, L), 0 for padding, which then changes no state.
+    KH, L), 0 for padding, which then changes no state. known: the inverse of an earlier call.
     """
     qk = qk * (qk.square().sum(-1, keepdim=True) + EPS).rsqrt()
     q, k = qk.unbind()
@@ -66,8 +69,7 @@ def inside(qk: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Inside:
     between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
     since, end = decayed.exp(), decayed[..., -1:]
     system = of_k * (between * beta[..., None])  # and 1 on its diagonal
-    one = torch.eye(size, dtype=g.dtype, device=g.device).expand_as(system)
-    inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
+    inverse = Inverse.apply(system, known)
     parts = Inside(
         attn=of_q * (between * scale),
         u=inverse @ (v * beta[..., None]),
@@ -76,7 +78,26 @@ def inside(qk: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Inside:
         k=k * (end - decayed).exp()[..., None],
         decay=end.exp()[..., None],
     )
-    return Inside(*(x.flatten(1, 2) for x in parts))
+    return Inside(*(x.flatten(1, 2) for x in parts)), inverse
+
+
+class Inverse(torch.autograd.Function):
+    """Of unit lower triangular matrices, (..., L, L), of which only what is below the diagonal is
+    read. known: the inverse, if it has been computed before."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, known: Tensor | None) -> Tensor:
+        if known is None:
+            one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            one = one.expand_as(matrix)
+            known = torch.linalg.solve_triangular(matrix, one, upper=False, unitriangular=True)
+        ctx.save_for_backward(known)
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        return (inverse.mT @ grad @ inverse.mT).neg_().tril_(-1), None
 
 
 def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,15 +197,15 @@ class DeltaRule(torch.autograd.Function):
     def forward(ctx, columns, g, beta, conv, packed: PackedChunks, heads: DeltaHeads):
         ctx.save_for_backward(columns, g, beta, conv)
         mixed = F.silu(convolved(columns.to(g.dtype), conv.to(g.dtype), packed))
-        outputs, ctx.states, ends = [], [], None
+        outputs, ctx.kept, ends = [], [], None
         for part in packed.chunks:
-            inner = inside(*gathered(part, mixed, g, beta, heads))
+            inner, inverse = inside(*gathered(part, mixed, g, beta, heads))
             shape = part.counts[0], heads.values, heads.key_dim, heads.value_dim
             start = g.new_zeros(shape) if part.start is None else ends[part.start]
             states, end, x = through(inner, part.counts, start)
             ends = end if part.start is None else ends
             outputs.append((inner.q @ states + inner.attn @ x).transpose(1, 2).flatten(0, 1))
-            ctx.states.append(states)
+            ctx.kept.append((states, inverse))
             del inner, x
         ctx.packed, ctx.heads = packed, heads
         ctx.mark_non_differentiable(ends)
@@ -199,12 +220,12 @@ class DeltaRule(torch.autograd.Function):
         sizes = [part.index.numel() for part in packed.chunks]
         grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, packed.found, grad)
         found, end = [], None
-        parts = zip(packed.chunks, ctx.states, grads.split(sizes), strict=True)
-        for part, states, of_outputs in reversed(list(parts)):
+        parts = zip(packed.chunks, ctx.kept, grads.split(sizes), strict=True)
+        for part, (states, inverse), of_outputs in reversed(list(parts)):
             with torch.enable_grad():
                 leaves = gathered(part, mixed, g, beta, heads)
                 leaves = [x.detach().requires_grad_() for x in leaves]
-                inner = inside(*leaves)
+                inner, _ = inside(*leaves, inverse)
             of_outputs = of_outputs.unflatten(0, part.index.shape).transpose(1, 2).contiguous()
             of_end = states.new_zeros(part.counts[0], *states.shape[1:]) if end is None else end
             gradients, of_start = back_through(

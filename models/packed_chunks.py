@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.config import DeltaHeads
 from models.transfer import to_device
 
-CHUNK = 64  # tokens at most
+LEAST, CHUNK = 16, 64  # tokens of a chunk
 AT_ONCE = 4096  # tokens of rows that are computed together, unless one row is longer
 
 
@@ -39,10 +40,14 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedChunks:
-    """The chunks of packed rows, [P, C1, ..., CG] tokens each. kernel: of the convolution. first:
-    where these rows begin in a longer packed tensor."""
+    """The chunks of packed rows, [P, C1, ..., CG] tokens each.
+
+    longest: tokens of a chunk; those of a phase whose sequences are all short are shorter. kernel:
+    of the convolution. first: where these rows begin in a longer packed tensor.
+    """
 
     rows: tuple[tuple[int, ...], ...]
+    longest: int
     kernel: int
     device: torch.device
     first: int = 0
@@ -88,7 +93,7 @@ class PackedChunks:
 
     def _chunks(self, sequences: list[tuple[int, int, int]]) -> Chunks:
         length, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
-        size = min(CHUNK, max(16, 1 << (sequences[0][0] - 1).bit_length()))
+        size = min(self.longest, max(LEAST, 1 << (sequences[0][0] - 1).bit_length()))
         chunks = -(-length // size)
         index, real, counts = [], [], []
         for i in range(int(chunks[0])):
@@ -152,10 +157,12 @@ class PackedChunks:
 
 
 def packed_chunks(
-    rows: Sequence[tuple[int, ...]], kernel: int, device: torch.device
+    rows: Sequence[tuple[int, ...]], heads: DeltaHeads, device: torch.device
 ) -> list[PackedChunks]:
     """The rows in as few parts as AT_ONCE allows, so that what a part forms for a moment is little
-    beside what a pass keeps."""
+    beside what a pass keeps. Chunks are not longer than keys are wide: what is done for each pair
+    of tokens would outweigh what is done with the states."""
+    longest = min(CHUNK, max(LEAST, heads.key_dim))
     parts, first, tokens = [[]], 0, 0
     for row in rows:
         if parts[-1] and tokens + sum(row) > AT_ONCE:
@@ -165,6 +172,6 @@ def packed_chunks(
         tokens += sum(row)
     made = []
     for part in parts:
-        made.append(PackedChunks(tuple(part), kernel, device, first))
+        made.append(PackedChunks(tuple(part), longest, heads.kernel, device, first))
         first = made[-1].tokens.stop
     return made

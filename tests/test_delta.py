@@ -91,11 +91,12 @@ def test_packed_rows_equal_the_recurrence_on_copies_of_each_prompt(
 ):
     """Outputs, states and every gradient; those of all completions reach their prompt."""
     monkeypatch.setattr(chunks_file, "AT_ONCE", at_once)
+    monkeypatch.setattr(chunks_file, "LEAST", 64 if at_once == 4096 else 16)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
     expected, last = one_by_one(leaves, rows, heads)
     direction = torch.randn(expected.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * direction).sum(), leaves)
-    packed = packed_chunks(rows, heads.kernel, CPU)
+    packed = packed_chunks(rows, heads, CPU)
     out, states = delta_rule(*leaves, packed, heads)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(states, last, atol=1e-12, rtol=1e-12)
@@ -108,7 +109,7 @@ def test_a_prompts_gradient_comes_from_its_completions():
     """Also where only completions are looked at, through the state and through the convolution."""
     heads, rows = HEADS["one key head for two"], ((3, 2, 5),)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
-    out, _ = delta_rule(*leaves, packed_chunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(*leaves, packed_chunks(rows, heads, CPU), heads)
     gradient, *_ = torch.autograd.grad(out[3:].sum(), leaves)
     assert (gradient[:3].abs().amax(1) > 1e-6).all()
 
@@ -118,7 +119,7 @@ def test_columns_of_zeros_have_a_finite_gradient():
     heads, rows = HEADS["one key head for two"], ((4, 3),)
     columns, g, beta, conv = inputs(rows, heads)
     columns = torch.zeros_like(columns).requires_grad_()
-    out, _ = delta_rule(columns, g, beta, conv, packed_chunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(columns, g, beta, conv, packed_chunks(rows, heads, CPU), heads)
     (gradient,) = torch.autograd.grad(out.sum(), columns)
     assert out.abs().max() == 0 and gradient.isfinite().all()
 
@@ -131,7 +132,7 @@ def test_a_decay_to_nothing_is_no_overflow():
     leaves[1] = torch.where(torch.rand_like(leaves[1]) < 0.2, -500.0, leaves[1])
     expected, _ = one_by_one(leaves, rows, heads)
     leaves = [x.float().requires_grad_() for x in leaves]
-    out, _ = delta_rule(*leaves, packed_chunks(rows, heads.kernel, CPU), heads)
+    out, _ = delta_rule(*leaves, packed_chunks(rows, heads, CPU), heads)
     torch.testing.assert_close(out.double(), expected, atol=1e-3, rtol=1e-3)
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in leaves)
@@ -142,7 +143,7 @@ def test_half_precision_comes_in_and_float32_goes_on():
     heads, rows = HEADS["one key head for two"], ((100, 30, 20),)
     columns, g, beta, conv = inputs(rows, heads)
     columns, conv = columns.bfloat16().requires_grad_(), conv.bfloat16().requires_grad_()
-    packed = packed_chunks(rows, heads.kernel, CPU)
+    packed = packed_chunks(rows, heads, CPU)
     out, states = delta_rule(columns, g.float(), beta.float(), conv, packed, heads)
     expected, _ = one_by_one([columns.double(), g, beta, conv.double()], rows, heads)
     assert out.dtype == states.dtype == torch.float32
@@ -193,9 +194,9 @@ def test_state_is_added_to_every_window(monkeypatch):
         between, times = delta_net.DeltaState.between, []
 
         def counted(state, tokens, between=between, times=times):
-            before = state.layers[0].matrix.clone()
+            before = state.layers[0].memory[..., : -delta_net.WINDOW].clone()
             between(state, tokens)
-            times.append(not torch.equal(before, state.layers[0].matrix))
+            times.append(not torch.equal(before, state.layers[0].memory[..., : -delta_net.WINDOW]))
 
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(delta_net.DeltaState, "between", counted)
