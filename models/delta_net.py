@@ -258,12 +258,15 @@ class GatedNorm(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """FLOAT32: parameters that are float32 whatever the model's dtype is, as published."""
+    """FLOAT32: parameters that are float32 whatever the model's dtype is, as published. UNPACKED:
+    linear layers that --load_in_4bit leaves as they are: small, and their errors add up over all
+    tokens."""
 
     NAME = "linear_attn"
     JOINED = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
     ADAPTED = ("in_proj_qkv", "in_proj_z", "out_proj")
     FLOAT32 = ("A_log", "dt_bias")
+    UNPACKED = ("in_proj_b", "in_proj_a")
     State = DeltaState
     Step = DeltaStep
 

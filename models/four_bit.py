@@ -52,14 +52,23 @@ class FourBitLinear(nn.Linear):
         return _Product.apply(x, self)
 
 
+def packable(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers in `decoder`, each with the module that has it and its name there, but for
+    those that the module names in UNPACKED."""
+    return [
+        (parent, name, layer)
+        for parent in decoder.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and name not in getattr(parent, "UNPACKED", ())
+    ]
+
+
 def use_four_bits(decoder: nn.Module) -> None:
-    """Puts a FourBitLinear in the place of every linear layer in `decoder`; `pack` fills them."""
-    for parent in list(decoder.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                packed = FourBitLinear(layer.in_features, layer.out_features, bias=False)
-                packed.bias = layer.bias
-                setattr(parent, name, packed)
+    """Puts a FourBitLinear in the place of each `packable` layer; `pack` fills them."""
+    for parent, name, layer in packable(decoder):
+        packed = FourBitLinear(layer.in_features, layer.out_features, bias=False)
+        packed.bias = layer.bias
+        setattr(parent, name, packed)
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:

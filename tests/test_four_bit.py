@@ -79,7 +79,9 @@ def quantized(folder, family: str, dtype=torch.float32):
                 if name.endswith("lora_B"):
                     parameter.normal_(0, 0.3)
     layers = four_bit_layers(model)
-    assert len(layers) == 4 * 7 + 2 * delta and not any("visual" in name for name in layers)
+    # of a delta net three and three of its feed-forward, not the small ones of its gates
+    assert len(layers) == 4 * 7 - 2 * delta and not any("visual" in name for name in layers)
+    assert not any(name.endswith(("in_proj_a", "in_proj_b")) for name in layers)
     with torch.no_grad():
         for name, layer in layers.items():
             weight = plain.get_submodule(name).weight

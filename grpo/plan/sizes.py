@@ -7,6 +7,7 @@ from torch import nn
 
 from grpo.engine.adamw import BLOCK
 from models.config import QwenVLConfig
+from models.four_bit import packable
 from models.lora import LoRALinear, is_adapter
 from models.qwen_vl import QwenVL
 
@@ -34,8 +35,8 @@ class Counts:
     """Numbers in parts of a model; adapters count for themselves alone.
 
     whole: all; of it vision: the vision tower; in_layers: all decoder layers and vision blocks;
-    largest_layer: one of these; decoder_matrices: the linear layers' of
-    the decoder. adapters,
+    largest_layer: one of these; decoder_matrices: what
+    --load_in_4bit packs. adapters,
     and adapted: the weights that they belong to. padding: what `adamw_8bit` adds to the rows of all
     matrices, to fill whole blocks.
     """
@@ -60,7 +61,7 @@ def count(model: QwenVL) -> Counts:
         vision=numbers(own(model.visual)),
         in_layers=sum(numbers(own(layer)) for layer in layers),
         largest_layer=max(numbers(own(layer)) for layer in layers),
-        decoder_matrices=numbers(p for p in own(model.model.layers) if p.ndim == 2),
+        decoder_matrices=numbers(layer.weight for *_, layer in packable(model.model.layers)),
         adapters=numbers(p for layer in adapted for p in (layer.lora_A, layer.lora_B)),
         adapted=numbers(layer.weight for layer in adapted),
         padding=sum(len(p) * (-p[0].numel() % BLOCK) for p in matrices),

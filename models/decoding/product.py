@@ -64,7 +64,8 @@ class Product(NamedTuple):
 
 def joined(linears: Sequence[nn.Linear]) -> Tensor:
     """The weights of these layers as one (out, in): the block that they are parts of if
-    models/decoding/storage.py laid them out so, else a copy; of 4-bit weights an unpacked copy."""
+    models/decoding/storage.py laid them out so, else a copy; if the first is in 4
+    bits an unpacked one."""
     if isinstance(linears[0], FourBitLinear):
         if len(linears) == 1:
             return linears[0].unpacked()
@@ -73,7 +74,8 @@ def joined(linears: Sequence[nn.Linear]) -> Tensor:
             sum(sizes), linears[0].in_features, dtype=like.dtype, device=like.absmax.device
         )
         for linear, part in zip(linears, block.split(sizes), strict=True):
-            part.copy_(linear.unpacked())
+            four_bit = isinstance(linear, FourBitLinear)
+            part.copy_(linear.unpacked() if four_bit else linear.weight.detach())
         return block
     first, *others = weights = [linear.weight.detach() for linear in linears]
     end = first.storage_offset() + first.numel()
