@@ -195,9 +195,8 @@ class DeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, columns, g, beta, conv, packed: PackedChunks, heads: DeltaHeads):
-        ctx.save_for_backward(columns, g, beta, conv)
         mixed = F.silu(convolved(columns.to(g.dtype), conv.to(g.dtype), packed))
-        outputs, ctx.kept, ends = [], [], None
+        outputs, kept, ends = [], [], None
         for part in packed.chunks:
             inner, inverse = inside(*gathered(part, mixed, g, beta, heads))
             shape = part.counts[0], heads.values, heads.key_dim, heads.value_dim
@@ -205,23 +204,25 @@ class DeltaRule(torch.autograd.Function):
             states, end, x = through(inner, part.counts, start)
             ends = end if part.start is None else ends
             outputs.append((inner.q @ states + inner.attn @ x).transpose(1, 2).flatten(0, 1))
-            ctx.kept.append((states, inverse))
+            kept += [states, inverse]
             del inner, x
+        # all of it as saved tensors: gradient checkpointing drops these
+        ctx.save_for_backward(columns, g, beta, conv, *kept)
         ctx.packed, ctx.heads = packed, heads
         ctx.mark_non_differentiable(ends)
         return torch.cat(outputs)[packed.found], ends
 
     @staticmethod
     def backward(ctx, grad, _):
-        columns, g, beta, conv = ctx.saved_tensors
+        columns, g, beta, conv, *kept = ctx.saved_tensors
         packed, heads = ctx.packed, ctx.heads
         before = convolved(columns.to(g.dtype), conv.to(g.dtype), packed)
         mixed = F.silu(before)
         sizes = [part.index.numel() for part in packed.chunks]
         grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, packed.found, grad)
         found, end = [], None
-        parts = zip(packed.chunks, ctx.kept, grads.split(sizes), strict=True)
-        for part, (states, inverse), of_outputs in reversed(list(parts)):
+        parts = zip(packed.chunks, kept[::2], kept[1::2], grads.split(sizes), strict=True)
+        for part, states, inverse, of_outputs in reversed(list(parts)):
             with torch.enable_grad():
                 leaves = gathered(part, mixed, g, beta, heads)
                 leaves = [x.detach().requires_grad_() for x in leaves]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grpo.plan.passes import Skeleton
 from models import delta_net
 from models import packed_chunks as chunks_file
 from models.config import DeltaHeads
@@ -218,3 +219,15 @@ def test_zero_centred_norm_is_float32_and_rounded_once(dtype):
     torch.nn.init.zeros_(norm.weight)
     unit = F.normalize(wide, dim=1) * 40**0.5
     torch.testing.assert_close(norm(x).double(), unit, atol=2e-2, rtol=2e-2)
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone():
+    """No state and no inverse: what a pass keeps of one layer more is what went into it."""
+    config = family_config("qwen3_5")
+    config = replace(config, layer_types=("linear_attention",) * 4)
+    model, rows = Skeleton(config, bf16=False, device="cpu", kernel="sdpa"), ((90, 40, 70), (30,))
+    kept = [
+        model.decode([model.layers[0]] * count, rows, True, checkpointing=True).left
+        for count in (2, 3)
+    ]
+    assert kept[1] - kept[0] == sum(map(sum, rows)) * config.hidden_size * 4
