@@ -202,7 +202,7 @@ class DeltaStep:
 
     @staticmethod
     def operations(config: QwenVLConfig) -> int:
-        return 42
+        return 40
 
     def begin(
         self,
