@@ -27,7 +27,7 @@ from benchmarks.step import endless_and_by_chance  # noqa: E402
 from grpo.flags.parser import parse_config  # noqa: E402
 from grpo.plan.memory import estimate_memory  # noqa: E402
 from grpo.plan.sizes import Facts  # noqa: E402
-from models.families import read_config  # noqa: E402
+from models.families import FAMILIES, read_config  # noqa: E402
 
 PACKS = "--tokens_per_pack 1136"  # then two of the four groups are a pack
 CASES = {
@@ -89,6 +89,7 @@ def row(checkpoint: Path, output: Path, flags: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--sizes", nargs="+", default=["mid", "small"], choices=("mid", "small"))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument(
@@ -105,7 +106,7 @@ def main() -> None:
         print("| | " + " | ".join(PHASES) + " |\n|" + "---|" * 5)
         for size in options.sizes:
             if not (out / size).exists():
-                make_checkpoint(out / size, size)
+                make_checkpoint(out / size, size, options.family)
             for name in options.cases:
                 output = out / f"{size} {name}"
                 if not (output / "final").exists():
