@@ -239,10 +239,7 @@ class DeltaStep:
 
 
 class GatedNorm(nn.Module):
-    """weight * (root-mean-square norm of each head) * silu(gate), in float32 at least.
-
-    FLOAT32: see models/decoding/storage.py.
-    """
+    """weight * (root-mean-square norm of each head) * silu(gate), in float32 at least."""
 
     FLOAT32 = ("weight",)
 
@@ -258,9 +255,11 @@ class GatedNorm(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """FLOAT32: parameters that are float32 whatever the model's dtype is, as published. UNPACKED:
-    linear layers that --load_in_4bit leaves as they are: small, and their errors add up over all
-    tokens."""
+    """The gated delta rule between linear layers, (T, hidden) -> (T, hidden).
+
+    A_log and the norm's weight are published in float32, and stay so. 4 bits leave in_proj_b and
+    in_proj_a as they are: they are small, and the errors of what they decide add up over tokens.
+    """
 
     NAME = "linear_attn"
     JOINED = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)

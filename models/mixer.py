@@ -59,7 +59,8 @@ class Mixer(Protocol):
 
     JOINED: its linear layers that a Step multiplies by at once; their weights are laid out one
     after the other (models/decoding/storage.py). ADAPTED: those that LoRA adapts unless
-    --lora_target_modules says otherwise.
+    --lora_target_modules says otherwise. UNPACKED, if there: those that --load_in_4bit leaves as
+    they are. FLOAT32, if there: parameters of its own that stay float32 in a bfloat16 model.
     """
 
     NAME: str
