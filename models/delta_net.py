@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from models.config import QwenVLConfig
 from models.decoding.product import Product
 from models.delta_rule import EPS, delta_rule, last_columns
+from models.layers import at_least_float32
 from models.mixer import Layout, Move
 from models.packed_attention import Bounds
 from models.packed_chunks import PackedChunks, packed_chunks
@@ -65,7 +66,7 @@ def _shapes(config: QwenVLConfig, layout: Layout) -> LayerState:
 
 def _sizes(config: QwenVLConfig, layout: Layout, dtype: torch.dtype) -> list[int]:
     """Bytes of each part, to multiples of 16."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = at_least_float32(dtype)
     counts = [torch.Size(shape).numel() for shape in _shapes(config, layout)]
     sizes = [count * wide.itemsize for count in counts[:-1]] + [counts[-1] * dtype.itemsize]
     return [-(-size // 16) * 16 for size in sizes]
@@ -79,7 +80,7 @@ class DeltaState:
     """
 
     def __init__(self, config: QwenVLConfig, layout: Layout, memory: Tensor, dtype: torch.dtype):
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = at_least_float32(dtype)
         shapes, sizes = _shapes(config, layout), _sizes(config, layout, dtype)
         self.heads, self.layout, self.device = config.delta, layout, memory.device
         self.layers = []
@@ -150,16 +151,16 @@ class DeltaState:
         decays.index_copy_(3, at, total)
         memory[..., -WINDOW:].index_copy_(3, at, qk[:, :, 1, :, None])
         # what q and k read: of the matrix, and of the tokens since as in attention
-        read = torch.bmm(qk.flatten(0, 1), memory.flatten(0, 1)).view(*qk.shape[:3], -1)
-        of_matrix, scores = read.split((read.shape[3] - WINDOW, WINDOW), 3)
+        both = torch.bmm(qk.flatten(0, 1), memory.flatten(0, 1)).view(*qk.shape[:3], -1)
+        of_matrix, scores = both.split((both.shape[3] - WINDOW, WINDOW), 3)
         weights = (scores[:, :, None] * since[..., None, :WINDOW]).flatten(0, 2)
         read = torch.bmm(weights, corrections.flatten(0, 2)).view(*v.shape[:3], 2, -1)
         of_matrix = of_matrix.unflatten(3, v.shape[2:]).transpose(2, 3)
         read.addcmul_(of_matrix, since[..., WINDOW:, None])
         correction = (v - read[:, :, :, 1]).mul_(beta)
         corrections.index_copy_(3, at, correction[:, :, :, None])
-        own = scores[:, :, :1].index_select(3, at)  # q . k
-        return torch.addcmul(read[:, :, :, 0], own, correction)
+        q_dot_k = scores[:, :, :1].index_select(3, at)
+        return torch.addcmul(read[:, :, :, 0], q_dot_k, correction)
 
     def shrink(self, move: Move, layout: Layout, tokens: int) -> None:
         entries = torch.tensor(move.entries, device=self.device)
@@ -174,8 +175,8 @@ class Token(NamedTuple):
     """
 
     state: DeltaState
-    at: Tensor
-    ring: Tensor
+    window_slot: Tensor
+    column_slot: Tensor
     conv: Tensor
 
 
@@ -186,17 +187,17 @@ class DeltaStep:
         heads = self.heads = config.delta
         self.inputs = [Product.of(*mixer.inputs) for mixer in mixers]
         self.out = [Product.of(mixer.out_proj) for mixer in mixers]
-        wide = torch.promote_types(mixers[0].conv1d.weight.dtype, torch.float32)
+        wide = at_least_float32(mixers[0].conv1d.weight.dtype)
         self.conv = torch.stack([mixer.conv1d.weight.squeeze(1).T for mixer in mixers]).to(wide)
         self.rate, self.bias = (
             torch.stack(parts).to(wide).view(len(mixers), heads.keys, -1, 1)
             for parts in ([-mixer.A_log.exp() for mixer in mixers], [m.dt_bias for m in mixers])
         )
         self.norm = torch.stack([mixer.norm.weight.to(wide) for mixer in mixers])
-        self.widths = sum(heads.widths), heads.widths[2] + 2 * heads.values
+        self.split_sizes = sum(heads.widths), heads.widths[2] + 2 * heads.values
         self.eps = config.rms_norm_eps
-        self.ages = torch.arange(heads.kernel, device=device)
-        self.length = self.conv.new_full((heads.key_dim,), heads.key_dim**-0.5)
+        self.slots = torch.arange(heads.kernel, device=device)
+        self.unit_weight = self.conv.new_full((heads.key_dim,), heads.key_dim**-0.5)
         products = [x for product in (*self.inputs, *self.out) for x in product.tensors]
         self.tensors = [*products, self.conv, self.rate, self.bias, self.norm]
 
@@ -213,26 +214,27 @@ class DeltaStep:
         bound: int,
     ) -> Token:
         kernel = self.heads.kernel
-        order = kernel - 1 - (tokens - self.ages) % kernel
-        return Token(state, tokens % WINDOW, tokens % kernel, self.conv.index_select(1, order))
+        ages = (tokens - self.slots) % kernel  # of the columns that lie there
+        conv = self.conv.index_select(1, kernel - 1 - ages)
+        return Token(state, tokens % WINDOW, tokens % kernel, conv)
 
     def __call__(self, layer: int, x: Tensor, residual: Tensor, token: Token) -> Tensor:
         heads, count, wide = self.heads, len(x), self.conv.dtype
         kept = token.state.batch[layer].columns
-        columns, others = self.inputs[layer](x).split(self.widths, 1)
+        columns, others = self.inputs[layer](x).split(self.split_sizes, 1)
         # the convolution, over the newest columns in whatever order they lie
-        kept.index_copy_(1, token.ring, columns[:, None])
+        kept.index_copy_(1, token.column_slot, columns[:, None])
         mixed = F.silu((kept * token.conv[layer]).sum(1))
         qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
-        # Of length 1: a norm whose mean is a sum. What q is divided by besides is left to the norm
-        # of the output, which does not see it but for its eps.
+        # l2-normalized by rms_norm: a weight of Dk^-1/2 turns its mean into a sum. q's further
+        # factor Dk^-1/2 is left out: the output's norm cancels any, with its eps scaled by Dk.
         qk = qk.view(count, 2, heads.keys, -1).transpose(1, 2).contiguous()
-        qk = F.rms_norm(qk, qk.shape[3:], self.length, EPS / heads.key_dim)
+        qk = F.rms_norm(qk, qk.shape[3:], self.unit_weight, EPS / heads.key_dim)
         z, gates = others.to(wide).split((heads.widths[2], 2 * heads.values), 1)
         b, a = gates.view(count, 2, *self.bias.shape[1:]).unbind(1)
         g = F.softplus(a + self.bias[layer]) * self.rate[layer]
         v = v.view(*g.shape[:3], heads.value_dim)
-        out = token.state.recall(layer, qk, v, g, b.sigmoid(), token.at)
+        out = token.state.recall(layer, qk, v, g, b.sigmoid(), token.window_slot)
         out = F.rms_norm(out, out.shape[3:], self.norm[layer], self.eps * heads.key_dim)
         out = torch.mul(out.view_as(z), F.silu(z), out=torch.empty_like(z, dtype=x.dtype))
         return self.out[layer](out, add=residual)
@@ -264,7 +266,7 @@ class GatedDeltaNet(nn.Module):
     NAME = "linear_attn"
     JOINED = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
     ADAPTED = ("in_proj_qkv", "in_proj_z", "out_proj")
-    FLOAT32 = ("A_log", "dt_bias")
+    FLOAT32 = ("A_log",)
     UNPACKED = ("in_proj_b", "in_proj_a")
     State = DeltaState
     Step = DeltaStep
@@ -305,7 +307,7 @@ class GatedDeltaNet(nn.Module):
         read: Tensor | None = None,
     ) -> Tensor:
         columns, z, b, a = (linear(x) for linear in self.inputs)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = at_least_float32(x.dtype)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
         beta = b.to(wide).sigmoid()
         conv = self.conv1d.weight.squeeze(1)

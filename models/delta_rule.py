@@ -32,11 +32,12 @@ from torch import Tensor
 from models.config import DeltaHeads
 from models.packed_chunks import Chunks, PackedChunks
 
-EPS = 1e-6  # added to the square of the length of q and k: padding is 0
+EPS = 1e-6  # inside the root of the length of q and k, as published
 
 
-class Inside(NamedTuple):
-    """What a chunk makes of its tokens, whatever state it begins with, float32 or wider.
+class IntraChunk(NamedTuple):
+    """What a chunk makes of its tokens, whatever state it begins with, float32 or wider. u and w
+    are the WY representation of its corrections.
 
     attn: (N, H, L, L), how much of each earlier token's correction an output reads. u: (N, H, L,
     Dv), the corrections if the state were 0, and w: (N, H, L, Dk), what the state changes of them.
@@ -52,10 +53,10 @@ class Inside(NamedTuple):
     decay: Tensor
 
 
-def inside(
+def intra_chunk(
     qk: Tensor, v: Tensor, g: Tensor, beta: Tensor, known: Tensor | None = None
-) -> tuple[Inside, Tensor]:
-    """`Inside` of each chunk, and the inverse that its corrections take.
+) -> tuple[IntraChunk, Tensor]:
+    """`IntraChunk` of each chunk, and the inverse that its corrections take.
 
     qk: (2, N, KH, L, Dk), q and k of any length. v: (N, KH, H / KH, L, Dv). g, beta: (N, KH, H /
     KH, L), 0 for padding, which then changes no state. known: the inverse of an earlier call.
@@ -70,7 +71,7 @@ def inside(
     since, end = decayed.exp(), decayed[..., -1:]
     system = of_k * (between * beta[..., None])  # and 1 on its diagonal
     inverse = Inverse.apply(system, known)
-    parts = Inside(
+    parts = IntraChunk(
         attn=of_q * (between * scale),
         u=inverse @ (v * beta[..., None]),
         w=inverse @ (k * (beta * since)[..., None]),
@@ -78,7 +79,7 @@ def inside(
         k=k * (end - decayed).exp()[..., None],
         decay=end.exp()[..., None],
     )
-    return Inside(*(x.flatten(1, 2) for x in parts)), inverse
+    return IntraChunk(*(x.flatten(1, 2) for x in parts)), inverse
 
 
 class Inverse(torch.autograd.Function):
@@ -100,7 +101,9 @@ class Inverse(torch.autograd.Function):
         return (inverse.mT @ grad @ inverse.mT).neg_().tril_(-1), None
 
 
-def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scan_chunks(
+    part: IntraChunk, counts: tuple[int, ...], start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """From chunk to chunk. start: (sequences, H, Dk, Dv), overwritten.
 
     Returns the states that chunks begin with, (N, H, Dk, Dv); those that sequences end with, in
@@ -118,10 +121,10 @@ def through(part: Inside, counts: tuple[int, ...], start: Tensor) -> tuple[Tenso
     return states, start, part.u
 
 
-def back_through(
-    part: Inside, states: Tensor, counts: tuple[int, ...], grad: Tensor, end: Tensor
-) -> tuple[Inside, Tensor]:
-    """Gradients of `Inside`, and of the states that sequences begin with, in place of `end`.
+def scan_chunks_backward(
+    part: IntraChunk, states: Tensor, counts: tuple[int, ...], grad: Tensor, end: Tensor
+) -> tuple[IntraChunk, Tensor]:
+    """Gradients of `IntraChunk`, and of the states that sequences begin with, in place of `end`.
 
     grad: (N, H, L, Dv), of the outputs. end: (sequences, H, Dk, Dv), of the states that sequences
     end with.
@@ -139,7 +142,7 @@ def back_through(
         of_x.baddbmm_(part.k[here].flatten(0, 1), now.flatten(0, 1))
         now.mul_(part.decay[here]).add_(of_state[here])
         now.flatten(0, 1).baddbmm_(part.w[here].flatten(0, 1).mT, of_x, alpha=-1)
-    gradients = Inside(
+    gradients = IntraChunk(
         attn=grad @ x.mT,
         u=grad_x,
         w=-(grad_x @ states.mT),
@@ -176,8 +179,8 @@ def back_convolved(
     return of_x, of_conv.T
 
 
-def gathered(part: Chunks, mixed: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads):
-    """What `inside` takes, of packed tensors."""
+def gather_chunks(part: Chunks, mixed: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads):
+    """What `intra_chunk` takes, of packed tensors."""
     index, repeats = part.index, heads.values // heads.keys
     two, key, value = (torch.arange(n, device=g.device) for n in (2, heads.keys, repeats))
     qk, v = mixed.split((2 * heads.widths[0], heads.widths[2]), 1)
@@ -191,17 +194,17 @@ def gathered(part: Chunks, mixed: Tensor, g: Tensor, beta: Tensor, heads: DeltaH
 
 
 class DeltaRule(torch.autograd.Function):
-    """As `delta_rule`, but for the order of the states; these have no gradient."""
+    """As `delta_rule`, but for the order of the states."""
 
     @staticmethod
     def forward(ctx, columns, g, beta, conv, packed: PackedChunks, heads: DeltaHeads):
         mixed = F.silu(convolved(columns.to(g.dtype), conv.to(g.dtype), packed))
         outputs, kept, ends = [], [], None
         for part in packed.chunks:
-            inner, inverse = inside(*gathered(part, mixed, g, beta, heads))
+            inner, inverse = intra_chunk(*gather_chunks(part, mixed, g, beta, heads))
             shape = part.counts[0], heads.values, heads.key_dim, heads.value_dim
             start = g.new_zeros(shape) if part.start is None else ends[part.start]
-            states, end, x = through(inner, part.counts, start)
+            states, end, x = scan_chunks(inner, part.counts, start)
             ends = end if part.start is None else ends
             outputs.append((inner.q @ states + inner.attn @ x).transpose(1, 2).flatten(0, 1))
             kept += [states, inverse]
@@ -210,7 +213,7 @@ class DeltaRule(torch.autograd.Function):
         ctx.save_for_backward(columns, g, beta, conv, *kept)
         ctx.packed, ctx.heads = packed, heads
         ctx.mark_non_differentiable(ends)
-        return torch.cat(outputs)[packed.found], ends
+        return torch.cat(outputs)[packed.chunk_position], ends
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -219,18 +222,20 @@ class DeltaRule(torch.autograd.Function):
         before = convolved(columns.to(g.dtype), conv.to(g.dtype), packed)
         mixed = F.silu(before)
         sizes = [part.index.numel() for part in packed.chunks]
-        grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, packed.found, grad)
+        grads = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(
+            0, packed.chunk_position, grad
+        )
         found, end = [], None
         parts = zip(packed.chunks, kept[::2], kept[1::2], grads.split(sizes), strict=True)
         for part, states, inverse, of_outputs in reversed(list(parts)):
             with torch.enable_grad():
-                leaves = gathered(part, mixed, g, beta, heads)
+                leaves = gather_chunks(part, mixed, g, beta, heads)
                 leaves = [x.detach().requires_grad_() for x in leaves]
-                inner, _ = inside(*leaves, inverse)
+                inner, _ = intra_chunk(*leaves, inverse)
             of_outputs = of_outputs.unflatten(0, part.index.shape).transpose(1, 2).contiguous()
             of_end = states.new_zeros(part.counts[0], *states.shape[1:]) if end is None else end
-            gradients, of_start = back_through(
-                Inside(*(x.detach() for x in inner)), states, part.counts, of_outputs, of_end
+            gradients, of_start = scan_chunks_backward(
+                IntraChunk(*(x.detach() for x in inner)), states, part.counts, of_outputs, of_end
             )
             if part.start is not None:  # where completions begin their prompts end
                 ends = states.new_zeros(packed.chunks[0].counts[0], *states.shape[1:])
@@ -244,7 +249,8 @@ class DeltaRule(torch.autograd.Function):
             found.append([x.flatten(0, 1) for x in (of_mixed, *of_gates)])
             del inner, gradients
         of_mixed, of_g, of_beta = (
-            torch.cat(of_parts[::-1])[packed.found] for of_parts in zip(*found, strict=True)
+            torch.cat(of_parts[::-1])[packed.chunk_position]
+            for of_parts in zip(*found, strict=True)
         )
         of_mixed = torch.ops.aten.silu_backward(of_mixed, before)
         of_columns, of_conv = back_convolved(
@@ -262,7 +268,7 @@ def delta_rule(
     heads: DeltaHeads,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of packed rows, (T, H, Dv), and the states that their prompts end with, (rows, H,
-    Dk, Dv), both float32 or wider.
+    Dk, Dv), both float32 or wider. A gradient goes through the outputs alone.
 
     columns: (T, W), q | k | v before the convolution. g: (T, H) float32 or wider, the logarithm of
     the decay, at most 0. beta: (T, H) in g's dtype, 0 to 1. conv: (W, kernel), the last for the

@@ -15,6 +15,7 @@ EXPERTS = "a mixture of experts, which is not written here; the dense models are
 REFUSED = {
     "qwen3_vl_moe": EXPERTS,
     "qwen3_5_moe": EXPERTS,
+    "qwen3_5_moe_text": EXPERTS,
     "qwen3_5_text": "a decoder without its vision tower; take the model with both (qwen3_5)",
     "qwen4_exp": "an architecture that is not written here",
 }

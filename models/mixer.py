@@ -61,6 +61,8 @@ class Mixer(Protocol):
     after the other (models/decoding/storage.py). ADAPTED: those that LoRA adapts unless
     --lora_target_modules says otherwise. UNPACKED, if there: those that --load_in_4bit leaves as
     they are. FLOAT32, if there: parameters of its own that stay float32 in a bfloat16 model.
+    `initialize(generator)`, if there: gives its own parameters, and no other module's, their first
+    values.
     """
 
     NAME: str

@@ -28,21 +28,20 @@ class Chunks(NamedTuple):
     index: (N, L) int64, the packed positions of a chunk's tokens. real: the same shape, bool, False
     for what fills up a sequence's last chunk, whose index is some token's. counts: how many
     sequences have a first chunk, a second one, .... start: (sequences,) int64, which of the states
-    before it each sequence begins with; None for prompts, which begin with 0. size: L.
+    before it each sequence begins with; None for prompts, which begin with 0.
     """
 
     index: Tensor
     real: Tensor
     counts: tuple[int, ...]
     start: Tensor | None
-    size: int
 
 
 @dataclass(frozen=True)
 class PackedChunks:
     """The chunks of packed rows, [P, C1, ..., CG] tokens each.
 
-    longest: tokens of a chunk; those of a phase whose sequences are all short are shorter. kernel:
+    longest: tokens of a chunk, L; fewer if the prompts, or the completions, are all short. kernel:
     of the convolution. first: where these rows begin in a longer packed tensor.
     """
 
@@ -106,11 +105,10 @@ class PackedChunks:
             real=torch.cat(real),
             counts=tuple(counts),
             start=self._place[row] if sequences is self.sequences[1] else None,
-            size=size,
         )
 
     @cached_property
-    def found(self) -> Tensor:
+    def chunk_position(self) -> Tensor:
         """Where each packed token is in the chunks of the prompts and then of the completions, end
         to end, (T,) int64."""
         own = torch.cat([part.index.flatten() for part in self._on_host])
@@ -119,7 +117,7 @@ class PackedChunks:
         found[own[real]] = real.nonzero().squeeze(1)
         return to_device(found, self.device)
 
-    def before(self, sequences: list[tuple[int, int, int]], at: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, sequences: list[tuple[int, int, int]], at: Tensor) -> tuple[Tensor, Tensor]:
         """Packed positions of tokens of these sequences, (sequences, len(at)) int64, and whether
         there are such. at: within each, negative for tokens before it, which are its prompt's."""
         _, first, row = (torch.tensor(x) for x in zip(*sequences, strict=True))
@@ -132,16 +130,17 @@ class PackedChunks:
 
     @cached_property
     def firsts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens whose `kernel` tokens do not all come right before them in the packed tensor:
-        each sequence's first ones. Their packed positions, (F,) int64; those of their windows, (F,
+        """The tokens whose convolution window is not contiguous in the packed tensor: each
+        sequence's first ones. Their packed positions, (F,) int64; those of their windows, (F,
         kernel) int64; and whether these exist."""
-        token, window, real = [], [], []
+        token, window, real = [], [torch.empty(0, self.kernel).long()], []
+        real.append(window[0].bool())
         for number in range(self.kernel - 1):
             longer = [s for some in self.sequences for s in some if s[0] > number]
             if longer:
                 token += [first + number for _, first, _ in longer]
                 at = torch.arange(number + 1 - self.kernel, number + 1)
-                for kept, part in zip((window, real), self.before(longer, at), strict=True):
+                for kept, part in zip((window, real), self.positions(longer, at), strict=True):
                     kept.append(part)
         found = torch.tensor(token, dtype=torch.int64), torch.cat(window), torch.cat(real)
         return tuple(to_device(x, self.device) for x in found)
@@ -152,7 +151,7 @@ class PackedChunks:
         after it, (rows, kernel - 1) int64, and which of them exist."""
         in_turn = sorted(self.sequences[0], key=lambda s: s[2])
         after = [(0, first + length, row) for length, first, row in in_turn]
-        found = self.before(after, torch.arange(1 - self.kernel, 0))
+        found = self.positions(after, torch.arange(1 - self.kernel, 0))
         return tuple(to_device(x, self.device) for x in found)
 
 

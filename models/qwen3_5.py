@@ -49,7 +49,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         max_position_embeddings=text.get("max_position_embeddings", default=32768),
         vision=read_vision(ConfigPart(raw.get("vision_config"), where), deepstack=False),
         layer_types=layer_types(text),
-        partial_rotary_factor=rope.get("partial_rotary_factor", default=0.25),
+        partial_rotary_factor=rotated_share(text, rope),
         attn_output_gate=True,
         zero_centred_norms=True,
         delta=DeltaHeads(
@@ -70,12 +70,22 @@ def read(raw: dict, where: str) -> QwenVLConfig:
     return check_sizes(config, where)
 
 
+def rotated_share(text: ConfigPart, rope: ConfigPart) -> float:
+    """The share of a head's numbers that is rotated, wherever it stands. Raises UserError."""
+    name = "partial_rotary_factor"
+    share = rope.get(name, default=text.get(name, default=0.25))
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise UserError(f"{text.where}: {name} is {share!r}, not a number above 0 and up to 1")
+    return share
+
+
 def layer_types(text: ConfigPart) -> tuple[str, ...]:
     """The kind of each layer: a key of KINDS. Raises UserError."""
     layers, every = text.size("num_hidden_layers"), text.size("full_attention_interval", default=4)
     named = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     named = text.get("layer_types", default=named)
-    if not isinstance(named, list) or len(named) != layers or not set(named) <= KINDS.keys():
+    is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if not is_list or len(named) != layers or not set(named) <= KINDS.keys():
         raise UserError(
             f"{text.where}: layer_types is {named!r}, not one of {', '.join(KINDS)} for each of "
             f"{layers} layers"

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 HEADS = {
     "one key head for two": DeltaHeads(keys=2, values=4, key_dim=6, value_dim=5, kernel=4),
     "one for three, kernel 2": DeltaHeads(keys=1, values=3, key_dim=8, value_dim=8, kernel=2),
+    "kernel 1": DeltaHeads(keys=1, values=2, key_dim=5, value_dim=4, kernel=1),
     "one for one, kernel 6": DeltaHeads(keys=3, values=3, key_dim=4, value_dim=7, kernel=6),
 }
 ROWS = {

@@ -229,7 +229,7 @@ PAID, BARE = "<think>petals</think><answer>tulip</answer>", "<answer>tulip</answ
     "thought, wanted, texts, name, done",
     [
         ("closed", "answer", [PAID, PAID, BARE], "another_thought", "open another"),
-        ("closed", "think", [PAID, BARE, BARE], "no_thought", "open no other"),
+        ("closed", "think", [PAID, BARE, BARE], "no_thought", "have no thought of their own"),
         ("closed", "answer", [PAID, BARE, BARE], None, ""),
         ("closed", "think", [PAID, PAID, BARE], None, ""),
         ("closed", "answer", [PAID, BARE], None, ""),  # half is not most

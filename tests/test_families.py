@@ -260,6 +260,15 @@ EVERY_OTHER = ["linear_attention", "full_attention"] * 12
         ({"text_config": {"attn_output_gate": False}}, "attn_output_gate"),
         ({"text_config": {"layer_types": EVERY_OTHER[:-1]}}, "each of 24 layers"),
         ({"text_config": {"layer_types": [*EVERY_OTHER[:-1], "mamba"]}}, "each of 24 layers"),
+        ({"text_config": {"layer_types": [["mamba"]] * 24}}, "each of 24 layers"),
+        (
+            {
+                "text_config": {
+                    "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": "0.25"}
+                }
+            },
+            "partial_rotary_factor is '0.25', not a number",
+        ),
         ({"text_config": {"linear_num_value_heads": 24}}, "24 heads of values and 16 of keys"),
         ({"text_config": {"head_dim": 128}}, "mrope_section.*32 of 128"),
         ({"vision_config": {"deepstack_visual_indexes": [5]}}, "deepstack_visual_indexes"),
@@ -278,6 +287,10 @@ def test_layers_of_qwen3_5_are_what_its_config_says():
     raw["vision_config"] |= {"deepstack_visual_indexes": []}
     config = parse_config(raw, "here")
     assert config.layer_types == tuple(EVERY_OTHER)
+    rope = raw["text_config"]["rope_parameters"] | {"mrope_section": [24, 20, 20]}
+    del rope["partial_rotary_factor"]  # where transformers reads it, too
+    raw["text_config"] |= {"rope_parameters": rope, "partial_rotary_factor": 0.5}
+    assert parse_config(raw, "here").rotary_dim == 128
     assert config.vision.feature_width == config.hidden_size
 
 

@@ -108,11 +108,16 @@ def test_where_the_prompt_leaves_the_answer(checkpoints, name, told, begun, thou
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_template_without_the_switch_refuses_it(told):
+def test_a_template_without_the_switch_refuses_it(tmp_path, told):
+    """Also one that only speaks of it."""
     plain = Processor(CHECKPOINT)
-    assert (plain.thought, plain.opened, plain.begun, plain.can_switch) == ("open", "", "", False)
-    with pytest.raises(ValueError, match=r"--enable_thinking: .* no such switch; leave the flag"):
-        Processor(CHECKPOINT, enable_thinking=told)
+    comment = "{# enable_thinking is not known here #}" + plain.tokenizer.chat_template
+    for folder in (CHECKPOINT, with_template(CHECKPOINT, tmp_path / "comment", comment)):
+        plain = Processor(folder)
+        found = plain.thought, plain.opened, plain.begun, plain.can_switch
+        assert found == ("open", "", "", False)
+        with pytest.raises(ValueError, match=r"--enable_thinking: .* no such switch; leave the"):
+            Processor(folder, enable_thinking=told)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.layers import at_least_float32
+
 MAX_LOGITS = 2**25  # logits that exist at once: 128 MB in float32; on a GPU twice as many
 
 
@@ -129,7 +131,7 @@ class _Buffers:
 
     def __init__(self, weight: Tensor, chunk: int):
         self.products = weight.new_empty(chunk, len(weight))
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = at_least_float32(weight.dtype)
         same = weight.dtype == wide
         self.logits = self.products if same else torch.empty_like(self.products, dtype=wide)
 

@@ -35,10 +35,9 @@ class Counts:
     """Numbers in parts of a model; adapters count for themselves alone.
 
     whole: all; of it vision: the vision tower; in_layers: all decoder layers and vision blocks;
-    largest_layer: one of these; decoder_matrices: what
-    --load_in_4bit packs. adapters,
-    and adapted: the weights that they belong to. padding: what `adamw_8bit` adds to the rows of all
-    matrices, to fill whole blocks.
+    largest_layer: one of these; decoder_matrices: what --load_in_4bit packs. adapters, and adapted:
+    the weights that they belong to. padding: what `adamw_8bit` adds to the rows of all matrices, to
+    fill whole blocks.
     """
 
     whole: int

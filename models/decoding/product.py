@@ -64,8 +64,8 @@ class Product(NamedTuple):
 
 def joined(linears: Sequence[nn.Linear]) -> Tensor:
     """The weights of these layers as one (out, in): the block that they are parts of if
-    models/decoding/storage.py laid them out so, else a copy; if the first is in 4
-    bits an unpacked one."""
+    models/decoding/storage.py laid them out so, else a copy; an unpacked one if they are in 4 bits.
+    """
     if isinstance(linears[0], FourBitLinear):
         if len(linears) == 1:
             return linears[0].unpacked()

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from models.four_bit import FourBitLinear
+from models.layers import at_least_float32
 from models.qwen_vl import QwenVL
 
 
 def cast(model: QwenVL, dtype: torch.dtype) -> QwenVL:
     """The model in `dtype`, but for its `float32_names`: in float32, or a wider `dtype`."""
-    wide, kept = torch.promote_types(dtype, torch.float32), float32_names(model)
+    wide, kept = at_least_float32(dtype), float32_names(model)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.to(wide if name in kept else dtype)
     return model

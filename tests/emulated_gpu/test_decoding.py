@@ -27,7 +27,8 @@ def found(start):
 
 @pytest.mark.parametrize("case", LAUNCHED)
 def test_operations_and_waits_of_a_decoded_token(found, case):
-    """16 a layer in bfloat16; one more for the norms of q and k; two for each joined product's
+    """16 a layer in bfloat16; one more for the norms of q and k; two for a gate of attention, and
+    four for norms that are float32; 40 with linear attention; two for each joined product's
     adapters. The host looks every 16 tokens."""
     assert found[case]["layer"] == LAUNCHED[case]
     assert found[case]["rest"] < (70 if "qwen3_5" in case else 60)  # two kinds of layers
