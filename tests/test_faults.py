@@ -540,7 +540,8 @@ def test_gradients_of_trainable_and_frozen_parameters_are_told_apart(frozen):
     processor = SimpleNamespace(tokenizer=lambda *a, **o: {"input_ids": [5, 6, 7]}, opened="")
     alone = Ranks(0, 1, torch.device("cpu"))
     run = SimpleNamespace(ranks=alone, phase=lambda *a: None)
-    row = (SimpleNamespace(rows=rows, processor=processor), run)
+    data = SimpleNamespace(rows=rows, processor=processor, answer_format="think")
+    row = (data, run)
     check_gradients(model, model, optimizer, *row)
     assert all(p.grad is None for p in model.parameters())
     model.visual.merger.ln_q.weight.requires_grad_(frozen)  # not what the optimizer knows
