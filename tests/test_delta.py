@@ -28,7 +28,7 @@ HEADS = {
 ROWS = {
     "one token": ((1,),),
     "short prompts": ((1, 1, 3), (3, 2, 1), (2, 70)),
-    "ends of chunks": ((63, 64, 1, 65), (64, 1), (65, 63, 128), (128, 64)),
+    "ends of chunks": ((63, 64, 1, 65), (64, 1), (65, 63)),
     "no completions": ((5,), (130,), (64,), (1,)),
     "some without": ((7, 3), (9,), (70, 5, 70), (33,)),
     "an empty one": ((5, 0, 3, 0), (6, 0)),
@@ -85,13 +85,15 @@ def one_by_one(leaves, rows, heads):
     return torch.cat(outputs), torch.stack(states)
 
 
-@pytest.mark.parametrize("at_once", [4096, 100])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    "kind, at_once", [*((kind, 4096) for kind in HEADS), ("one key head for two", 100)]
+)
 def test_packed_rows_equal_the_recurrence_on_copies_of_each_prompt(
-    monkeypatch, rows, heads, at_once
+    monkeypatch, rows, kind, at_once
 ):
     """Outputs, states and every gradient; those of all completions reach their prompt."""
+    heads = HEADS[kind]
     monkeypatch.setattr(chunks_file, "AT_ONCE", at_once)
     monkeypatch.setattr(chunks_file, "LEAST", 64 if at_once == 4096 else 16)
     leaves = [x.requires_grad_() for x in inputs(rows, heads)]
