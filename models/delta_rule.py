@@ -164,19 +164,20 @@ def convolved(x: Tensor, conv: Tensor, packed: PackedChunks) -> Tensor:
 
 
 def back_convolved(
-    grad: Tensor, x: Tensor, conv: Tensor, packed: PackedChunks
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of conv. grad: (T, W), overwritten."""
+    grad: Tensor, x: Tensor, conv: Tensor, packed: PackedChunks, is_trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and, if it is trained, of conv. grad: (T, W), overwritten."""
     taps, (first, window, real) = conv.T, packed.firsts
     of_first = grad[first][:, None] * real[..., None]
     grad.index_fill_(0, first, 0)
-    of_x, of_taps = grad * taps[-1], [(grad * x).sum(0)]
+    of_x = grad * taps[-1]
     for back in range(1, len(taps)):
         of_x[:-back].addcmul_(grad[back:], taps[-1 - back])
-        of_taps.append((grad[back:] * x[:-back]).sum(0))
     of_x.index_put_((window.flatten(),), (of_first * taps).flatten(0, 1), accumulate=True)
-    of_conv = torch.stack(of_taps[::-1]) + (of_first * x[window]).sum(0)
-    return of_x, of_conv.T
+    if not is_trained:
+        return of_x, None
+    of_taps = [(grad[back:] * x[: len(x) - back]).sum(0) for back in reversed(range(len(taps)))]
+    return of_x, (torch.stack(of_taps) + (of_first * x[window]).sum(0)).T
 
 
 def gather_chunks(part: Chunks, mixed: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads):
@@ -254,9 +255,10 @@ class DeltaRule(torch.autograd.Function):
         )
         of_mixed = torch.ops.aten.silu_backward(of_mixed, before)
         of_columns, of_conv = back_convolved(
-            of_mixed, columns.to(g.dtype), conv.to(g.dtype), packed
+            of_mixed, columns.to(g.dtype), conv.to(g.dtype), packed, ctx.needs_input_grad[3]
         )
-        return of_columns.to(columns.dtype), of_g, of_beta, of_conv.to(conv.dtype), None, None
+        of_conv = of_conv if of_conv is None else of_conv.to(conv.dtype)
+        return of_columns.to(columns.dtype), of_g, of_beta, of_conv, None, None
 
 
 def delta_rule(

@@ -4,13 +4,18 @@ import json
 
 import pytest
 
+from models.attention import Attention
+from models.delta_net import GatedDeltaNet
 from models.families import FAMILIES
 from tests.runs import ROOT
+from tests.tiny import family_config
 
 CASES = (*FAMILIES, "qwen2_5_vl with adapters", "qwen3_5 with adapters")
-GATED, DELTA = 23, 40 + 10 / 16  # attention with a gate; linear attention, and each 16th token more
-LAUNCHED = dict.fromkeys(FAMILIES, 16) | {
-    "qwen3_vl": 17,
+QWEN3_5 = family_config("qwen3_5")
+# What the memory plan takes for each kind; linear attention launches 10 more each 16th token.
+GATED = Attention.Step.operations(QWEN3_5)
+DELTA = GatedDeltaNet.Step.operations(QWEN3_5) + 10 / 16
+LAUNCHED = {family: Attention.Step.operations(family_config(family)) for family in FAMILIES} | {
     "qwen3_5": (GATED + DELTA) / 2,
     "qwen2_5_vl with adapters": 16 + 2 * 4,
     "qwen3_5 with adapters": (GATED + DELTA) / 2 + 2 * 4,
