@@ -184,7 +184,7 @@ def bad_images(folder):
         "cut.jpg": "truncated",
         "thin.png": "aspect ratio 250 is over 200",
         "float.tiff": "floating-point",
-        "folder.png": "unreadable",
+        "folder.png": "not a regular file but a folder",
     }
 
 

@@ -105,21 +105,21 @@ def module_file(name: str) -> Path | None:
 
 KNOWN = set(SOURCES)
 
-ERRORS = "data.errors"  # two classes, which all rooms raise
+SHARED = ("data.errors", "data.files")  # what all rooms raise, and open files through
 
 # room -> the rooms that it may import; the longest name that fits a file is its room
 MAY_IMPORT = {
     **{path.stem: ("data", "grpo", "models", "rewards") for path in PATHS},
     "demo": ("demo", "data", "grpo", "models", "rewards"),
     "grpo.run": ("grpo", "models", "data", "rewards.parse"),
-    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.rollout", "models", ERRORS),
-    "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", ERRORS),
-    "grpo.engine": ("grpo.engine", "models", ERRORS),
+    "grpo.plan": ("grpo.plan", "grpo.flags", "grpo.engine", "grpo.rollout", "models", *SHARED),
+    "grpo.flags": ("grpo.flags", "grpo.loss", "grpo.engine", "models", *SHARED),
+    "grpo.engine": ("grpo.engine", "models", *SHARED),
     "grpo.report": ("grpo.report", "data", "rewards"),  # no torch: a run waits for it
-    "grpo": ("grpo", "models", ERRORS),
-    "models": ("models", ERRORS),
+    "grpo": ("grpo", "models", *SHARED),
+    "models": ("models", *SHARED),
     "data": ("data",),
-    "rewards": ("rewards", ERRORS),
+    "rewards": ("rewards", *SHARED),
 }
 
 
