@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from data import coco
+from data import detection
 from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, SplitRows
 from data.wording import Wording, check_names
@@ -82,7 +82,7 @@ def read_objects(table, folder: Path, wording: Wording) -> SplitRows:
     numbers = sorted({a["category_id"] for a in annotations})
     categories = [{"id": n, "name": names[n] if names else str(n)} for n in numbers]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    rows = coco.rows_of(content, "objects", wording)
+    rows = detection.rows_of(content, "objects", wording)
     rows.folder, rows.corners = folder, corners
     form = "two corners" if corners else "x, y, width, height"
     rows.notes.append(f"boxes are taken to be {form}, in pixels")

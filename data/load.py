@@ -1,7 +1,7 @@
 """Data sets by name: which form it is, which splits there are, which rows are held out.
 
 A name is an embedded demo ("demo:flowers"), a file or folder, or a data set on the hub. What a
-folder holds decides the form: COCO annotations (data/coco.py), tables (data/virft.py), class
+folder holds decides the form: COCO annotations (data/coco.py), tables (data/tables.py), class
 folders (data/folders.py). Not here: whether the rows are sound (data/check.py).
 """
 
@@ -14,7 +14,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from data import coco, flowers, folders, scenes, virft
+from data import coco, flowers, folders, scenes, tables
 from data.errors import UserError
 from data.rows import Row, SplitRows
 from data.wording import Wording
@@ -42,14 +42,14 @@ def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> Spl
         if form == "demo":
             rows = SplitRows(_demo(dataset_name, split), Path())
         elif form == "hub":
-            rows = virft.read_hub(dataset_name, split, wording)
+            rows = tables.read_hub(dataset_name, split, wording)
         elif form == "coco":
             rows = coco.read(sources[split], wording)
         elif form == "folders":
             classes = {name for source in sources.values() for name in folders.classes_of(source)}
             rows = folders.read(sources[split], wording, sorted(classes))
         else:
-            rows = virft.read(path, split, sources[split], wording)
+            rows = tables.read(path, split, sources[split], wording)
     except ValueError as error:
         text = str(error)
         raise UserError(text if dataset_name in text else f"{where}: {text}") from error
@@ -98,7 +98,7 @@ def splits(dataset_name: str) -> list[str]:
     if form == "hub":
         import datasets
 
-        return virft.from_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
+        return tables.from_hub(dataset_name, lambda: datasets.get_dataset_split_names(dataset_name))
     return list(sources)
 
 
@@ -114,17 +114,17 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
     if not _is_local(path):
         return "hub", {}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return "tables", virft.find(path)
-    annotations, tables = coco.find(path), virft.has_tables(path)
-    if annotations and tables and path.is_dir():
+        return "tables", tables.find(path)
+    annotations, has_tables = coco.find(path), tables.has_tables(path)
+    if annotations and has_tables and path.is_dir():
         raise UserError(
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
             f"the files, such as {next(iter(annotations.values()))}"
         )
     if annotations:
         return "coco", annotations
-    classes = {} if tables else folders.find(path)
-    return ("folders", classes) if classes else ("tables", virft.find(path))
+    classes = {} if has_tables else folders.find(path)
+    return ("folders", classes) if classes else ("tables", tables.find(path))
 
 
 def _is_local(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """The rows of a data set, whatever form it has: images, a problem, a solution.
 
-data/virft.py, chat.py, coco.py, folders.py and labels.py each read one form and return `SplitRows`.
+tables.py, chat.py, labels.py, folders.py and coco.py each read one form and return `SplitRows`.
 data/load.py tells the forms apart; data/check.py checks every row. Not here: what a solution means
 (rewards/).
 """
