@@ -1,9 +1,9 @@
-"""Conversations as LLaMA-Factory, ms-swift and VLM-R1 store them: one question, one answer.
+"""Conversations as LLaMA-Factory, ms-swift, VLM-R1 and TRL store them: one question, one answer.
 
-A row has `messages` (role, content) or `conversations` (from, value), and its images in a column or
-among the parts of a message. The last answer is the solution, unless a column `solution` holds it.
-A system prompt is put before the question. Not here: conversations of several questions, which are
-refused.
+A row has `messages` (role, content), `conversations` (from, value) or messages in `prompt`, and its
+images in a column or among the parts of a message. The last answer is the solution, unless a column
+`solution` (`answer`, `ground_truth`) holds it. A system prompt is put before the question. Not
+here: conversations of several questions, which are refused.
 """
 
 import json
@@ -11,15 +11,24 @@ import json
 from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, PLACEHOLDER
 
-COLUMNS = ("messages", "conversations")
+COLUMNS = ("messages", "conversations", "prompt")
+SOLUTIONS = ("solution", "answer", "ground_truth")
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt", "model"), ("system",)
-UNSUPPORTED = ("videos", "video", "audios", "audio", "tools", "objects")
+UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")
 UNSUPPORTED += ("rejected_response", "rejected", "chosen")
 
 
-def is_chat(columns) -> bool:
-    """Whether a table with these columns holds conversations."""
-    return "problem" not in columns and bool(set(COLUMNS) & set(columns))
+def is_chat(columns, first: dict) -> bool:
+    """Whether a table with these columns and this first row holds conversations."""
+    if "problem" in columns or not set(COLUMNS) & set(columns):
+        return False
+    return "prompt" not in columns or isinstance(first.get("prompt"), list)
+
+
+def frame_of(first: dict) -> str | None:
+    """What the boxes of ms-swift's `objects` count, of a table with this first row: "pixels"; None
+    if it has none."""
+    return "pixels" if isinstance(first.get("objects"), dict) else None
 
 
 def convert(row: dict) -> dict:
@@ -46,6 +55,8 @@ def _converted(row: dict) -> dict:
     images = list(images) if isinstance(images, list | tuple) else [images]
     inline_images: list = []
     messages = [(_role(turn), _text(turn, inline_images)) for turn in turns]
+    if row.get("objects"):
+        messages = _with_objects(messages, row["objects"])
     questions = [text for role, text in messages if role == "user"]
     if len(questions) != 1:
         raise UserError(f"it has {len(questions)} questions; one question and its answer is a row")
@@ -53,7 +64,7 @@ def _converted(row: dict) -> dict:
         messages.insert(0, ("system", _as_text(row["system"])))
     system = "".join(f"{text.strip()}\n\n" for role, text in messages if role == "system")
     answers = [text for role, text in messages if role == "assistant"]
-    solution = row.get("solution")
+    solution = next((row[name] for name in SOLUTIONS if row.get(name) is not None), None)
     if solution is None:
         if not answers or messages[-1][0] != "assistant":
             raise UserError("it ends without an answer, and has no column solution")
@@ -64,6 +75,29 @@ def _converted(row: dict) -> dict:
         raise UserError(f"{placeholders} {PLACEHOLDER} in the question, and images: {len(images)}")
     problem = _without_leading(problem)
     return {"images": images, "problem": problem, "solution": _as_text(solution)}
+
+
+def _with_objects(messages: list[tuple[str, str]], objects) -> list[tuple[str, str]]:
+    """ms-swift's placeholders filled: each <ref-object> with a name of `ref`, each <bbox> with a
+    box of `bbox`, [x1, y1, x2, y2] in pixels."""
+    if not isinstance(objects, dict) or objects.get("bbox_type", "real") != "real":
+        kind = objects.get("bbox_type") if isinstance(objects, dict) else objects
+        raise UserError(f"its objects are {str(kind)[:80]!r}; read are ref and bbox in pixels")
+    names, boxes = list(objects.get("ref") or []), list(objects.get("bbox") or [])
+    filled = []
+    for role, text in messages:
+        one = text.strip() == "<bbox>"
+        for mark, values in (("<ref-object>", names), ("<bbox>", boxes)):
+            while mark in text:
+                if not values:
+                    raise UserError(f"its objects have fewer values than there are {mark}")
+                text = text.replace(mark, _as_text(values.pop(0)), 1)
+        if role == "assistant" and not one and text.startswith("[") and "][" in text:
+            text = f"[{text.replace('][', '], [')}]"  # several boxes are a list of them
+        filled.append((role, text))
+    if names or boxes:
+        raise UserError(f"its objects have {len(names) + len(boxes)} values that no text asks for")
+    return filled
 
 
 def _role(turn: dict) -> str:

@@ -6,11 +6,11 @@ shows nothing but crowds of a category has no row for it. Not here: files (data/
 """
 
 import hashlib
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from data.annotations import is_box, is_number
 from data.errors import UserError
 from data.rows import Fault, SplitRows
 from data.wording import Wording, check_names
@@ -25,7 +25,10 @@ def file_name(entry: dict) -> str:
 def rows_of(content: dict, where, wording: Wording) -> SplitRows:
     """The rows of an annotation file's content, in its order of images and categories.
 
-    where: the file, for messages. Boxes and solutions count pixels. Raises UserError if an
+    content: `images` (id, file_name, width, height in pixels, and `image` where the file's name is
+    not its path), `annotations` (id, image_id, category_id, bbox as x, y, width, height in pixels,
+    iscrowd) and `categories` (id, name); data/annotations.py makes it sound. where: the file, for
+    messages. Boxes and solutions count pixels. Raises UserError if an
     annotation is of an image or category that the content does not have, if an id occurs twice, or
     if there is no box. A box that is none is a fault of its row.
     """
@@ -38,7 +41,7 @@ def rows_of(content: dict, where, wording: Wording) -> SplitRows:
     check_names([names[number] for number in asked], f"{where}: the categories")
     if not boxed:
         raise UserError(f"{where}: all boxes are crowds, so there is nothing to find")
-    numbers = [n for a in content["annotations"] if _is_box(a.get("bbox")) for n in a["bbox"]]
+    numbers = [n for a in content["annotations"] if is_box(a.get("bbox")) for n in a["bbox"]]
     if numbers and max(numbers) <= 1:
         raise UserError(f"{where}: no coordinate is above 1; boxes must count pixels, not shares")
     count = round(absent_count(len(boxed), wording.absent_share))
@@ -78,11 +81,17 @@ def _by_id(content: dict, part: str, where) -> dict:
     entries = {}
     for entry in content[part]:
         number = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(number, int | str) or number in entries:
+        if not is_id(number):
             raise UserError(f"{where}: {part}: {str(entry)[:80]!r} has no id of its own")
+        if number in entries:
+            both = " and ".join(repr(str(e)[:80]) for e in (entries[number], entry))
+            raise UserError(f"{where}: {part}: the id {number!r} is there twice: {both}")
         entries[number] = entry
     if len({type(number) for number in entries}) > 1:
-        raise UserError(f"{where}: {part}: some ids are numbers and some are text")
+        number, text = (next(n for n in entries if isinstance(n, kind)) for kind in (int, str))
+        raise UserError(
+            f"{where}: {part}: some ids are numbers and some are text: {number!r}, {text[:80]!r}"
+        )
     return entries
 
 
@@ -96,15 +105,22 @@ def _by_pair(annotations: list, images: dict, categories: dict, where) -> dict[t
         for number, known, what in zip(
             pair, (images, categories), ("image", "category"), strict=True
         ):
-            if not isinstance(number, int | str) or number not in known:
-                raise UserError(
-                    f"{where}: annotation {annotation.get('id')} is of {what} {number!r}, which "
-                    f"the file does not have"
-                )
+            if is_id(number) and number in known:
+                continue
+            found = f"{where}: annotation {annotation.get('id')} is of {what} {number!r:.80}"
+            alike = next((other for other in known if str(other) == str(number)), None)
+            if is_id(number) and alike is not None:
+                kinds = "text, and" if isinstance(number, str) else "a number, and the text"
+                raise UserError(f"{found}, {kinds} the file has {alike!r}: write both in one way")
+            raise UserError(f"{found}, which the file does not have")
         by_pair[pair].append(annotation)
     if not by_pair:
         raise UserError(f"{where}: no annotation")
     return by_pair
+
+
+def is_id(value) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _notes(
@@ -132,7 +148,7 @@ def _notes(
 
 
 def _is_crowd(annotation: dict) -> bool:
-    return bool(annotation.get("iscrowd"))
+    return annotation.get("iscrowd") == 1
 
 
 def absent_count(present: int, share: float) -> float:
@@ -175,11 +191,14 @@ class _Solution(NamedTuple):
 def _solution(annotations: list[dict], size: tuple) -> _Solution:
     """The solution of the boxes [x, y, width, height] in an image of this (width, height)."""
     boxes, clipped = [], 0
-    if not all(_is_number(side) and side > 0 for side in size):
-        return _Solution(NOTHING, f"width and height are {size[0]} and {size[1]}")
+    if not all(is_number(side) and side > 0 for side in size):
+        text = "text: " if any(isinstance(side, str) for side in size) else ""
+        return _Solution(NOTHING, f"width and height are {text}{size[0]!r:.80} and {size[1]!r:.80}")
     for annotation in annotations:
         box, name = annotation.get("bbox"), f"annotation {annotation.get('id')}"
-        if not _is_box(box):
+        if annotation.get("iscrowd", 0) != 0:
+            return _Solution(NOTHING, f"{name} has iscrowd {annotation['iscrowd']!r}, not 0 or 1")
+        if not is_box(box):
             return _Solution(NOTHING, f"{name} has the bbox {str(box)[:80]}, not four numbers")
         x, y, w, h = box
         unclipped = (x, y, x + w, y + h)
@@ -194,15 +213,6 @@ def _solution(annotations: list[dict], size: tuple) -> _Solution:
     distinct = list(dict.fromkeys(boxes))
     text = f"<answer>[{', '.join(distinct)}]</answer>" if distinct else NOTHING
     return _Solution(text, "", clipped, repeated=len(boxes) - len(distinct))
-
-
-def _is_box(box) -> bool:
-    return isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
-
-
-def _is_number(value) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 def _short(number: float) -> int | float:

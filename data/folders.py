@@ -1,81 +1,110 @@
 """Photographs in class folders: `photos/tulip/a.jpg`, or `photos/train/tulip/a.jpg`.
 
-Not here: whether a file is an image (data/check.py); a suffix decides what is taken for one.
+Folders that are splits or part of a layout (images, masks, annotations) are never classes. Not
+here: whether a file is an image (data/check.py); a suffix decides what is taken for one.
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import UserError
 from data.rows import SplitRows
-from data.wording import Wording, check_names
+from data.splits import is_layout, splits_among
+from data.wording import LISTED, Wording, check_names
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".heic", ".heif", ".avif")
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
+NUMBERED = re.compile(r"\d+\s*[.\-_)]\s*(?=\D)")  # 001.Black_footed_Albatross
+WORDNET = re.compile(r"n\d{8}")
 
 
 def find(path: Path) -> dict[str, Path]:
     """Name of a split -> the folder with its class folders; nothing if `path` has no photographs in
     folders.
 
-    Raises UserError if some folders are splits and others are not, or if two are one split.
+    A folder that alone has all photographs is looked into. Raises UserError if the folders are no
+    classes, if some are splits and others are not, or if two are one split.
     """
-    inside = folders(path) if path.is_dir() else []
+    inside = with_photographs(path)
+    named = splits_among(folder.name for folder in inside)
+    roots = {folder: _class_root(folder) for folder in inside if folder.name in named}
     splits: dict[str, Path] = {}
-    for folder in inside:
-        split = SPLITS.get(folder.name.lower())
-        if split is None or not folders(folder):
-            continue
+    for folder in filter(roots.get, inside):
+        split = named[folder.name]
         if split in splits:
             raise UserError(
-                f"{path}: {splits[split].name} and {folder.name} are one split; keep one"
+                f"{path}: {splits[split].name} and {folder.name} are one split; give "
+                f"--dataset_name a folder that has one of them"
             )
         splits[split] = folder
-    others = [f.name for f in inside if f not in splits.values() and photographs(f)]
-    if splits and others:
-        first = next(iter(splits.values()))
-        raise UserError(
-            f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
-            f"folders: move it away, or give --dataset_name {first}"
-        )
     if splits:
-        return splits
-    return {"train": path} if any(photographs(folder) for folder in inside) else {}
+        others = [folder.name for folder in inside if folder not in splits.values()]
+        if others:
+            first = next(iter(splits.values()))
+            raise UserError(
+                f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
+                f"folders: give --dataset_name {first}, or move {others[0]} elsewhere"
+            )
+        return {split: roots[folder] for split, folder in splits.items()}
+    if len(inside) == 1 and with_photographs(inside[0]):
+        return find(inside[0])
+    if any(folder.name in named or is_layout(folder.name) for folder in inside):
+        raise UserError(_no_classes(path, inside))
+    return {"train": path} if inside else {}
+
+
+def _class_root(split: Path) -> Path | None:
+    """The folder with the class folders of a split: its own, or one that alone has its photographs,
+    as in train/images/tulip. None if there is none."""
+    inside = with_photographs(split)
+    if len(inside) == 1 and is_layout(inside[0].name):
+        return _class_root(inside[0])
+    classes = inside and not any(is_layout(folder.name) for folder in inside)
+    return split if classes else None
+
+
+def _no_classes(path: Path, inside: list[Path]) -> str:
+    """The message for a folder whose folders are no classes: what they are, what lies beside."""
+    found = [f"{folder.name} ({len(photographs(folder))} photographs)" for folder in inside]
+    text = f"{path}: there are no class folders here but {', '.join(found)}. "
+    others = [file for file in files(path, depth=2) if not is_photograph(file)]
+    if others:
+        by_suffix = Counter(file.suffix for file in others)
+        listed = [file.relative_to(path) for file in others if by_suffix[file.suffix] <= 3]
+        many = [f"{n} *{suffix}" for suffix, n in by_suffix.items() if n > 3]
+        text += f"Beside them: {', '.join([*map(str, listed[:8]), *many])}. "
+    deeper = [folder for folder in inside if _class_root(folder)]
+    if len(deeper) == 1:
+        name = deeper[0].name
+        return f"{text}If the folders in {name} are classes, give --dataset_name {deeper[0]}"
+    return (
+        f"{text}Put the photographs of each class into a folder of its name (tulip/1.jpg, "
+        f"rose/1.jpg), or list them in a CSV file with the columns image and label"
+    )
 
 
 def read(path: Path, wording: Wording, classes: list[str] | None = None) -> SplitRows:
     """A row for each photograph in path's class folders, in the order of their names.
 
-    classes: those of all splits, for the prompt; by default this split's. A class has its folder's
-    name, with spaces for underscores. Raises UserError if there is one class only, if a folder has
-    no photograph or if a photograph lies beside the folders.
+    classes: those of all splits, for the prompt; by default this split's. Raises UserError if there
+    is one class only, if a class has no photograph or if a photograph lies beside the folders.
     """
-    loose = [file.name for file in photographs(path, deep=False)]
+    loose = [file.name for file in files(path, depth=1) if is_photograph(file)]
     if loose:
         raise UserError(
             f"{path}: {loose[0]} lies beside the class folders ({len(loose)} such files); move "
             f"each photograph into the folder of its class"
         )
-    by_folder = {folder: photographs(folder) for folder in folders(path)}
-    empty = [folder.name for folder, photos in by_folder.items() if not photos]
-    if empty:
-        raise UserError(f"{path}: no photograph in {', '.join(empty)}; remove the folder")
+    names = class_names(path)
+    by_folder = {folder: photographs(folder) for folder in names}
     if len(by_folder) < 2:
         raise UserError(
             f"{path}: the photographs are in one folder, {next(iter(by_folder)).name}, so there is "
             f"nothing to tell apart: make a folder for each class"
         )
-    names = {folder: class_name(folder) for folder in by_folder}
     check_names(list(names.values()), f"{path}: the class folders")
     problem = wording.class_problem(classes or list(names.values()))
     table = [
@@ -90,43 +119,102 @@ def read(path: Path, wording: Wording, classes: list[str] | None = None) -> Spli
     if others:
         listed = ", ".join(f.name for f in others[:5])
         rows.notes.append(f"left out as they are no photographs: {listed} ({len(others)} in all)")
+    if any(
+        NUMBERED.match(folder.name) and name[0] != folder.name[0] for folder, name in names.items()
+    ):
+        rows.notes.append("the numbers before the classes' names are left out")
+    rows.notes += about_classes(list(names.values()))
     return rows
 
 
-def class_name(folder: Path) -> str:
-    return folder.name.replace("_", " ").strip()
+def about_classes(names: list[str]) -> list[str]:
+    """Lines for the plan on names that make the task harder than it is."""
+    notes = []
+    if len(names) > LISTED:
+        notes.append(
+            f"the prompt does not list the classes, as they are more than {LISTED}; "
+            f"--prompt_template '... {{classes}} ...' does"
+        )
+    if all(name.isdigit() for name in names):
+        notes.append("the classes have numbers for names, so answers are numbers")
+    elif all(WORDNET.fullmatch(name) for name in names):
+        notes.append(
+            f"the classes have WordNet ids for names ({names[0]}), which no model answers: rename "
+            f"the folders by the list that came with them"
+        )
+    return notes
 
 
-def classes_of(path: Path) -> list[str]:
-    """The names of the class folders in `path`, sorted."""
-    return [class_name(folder) for folder in folders(path)]
+def class_names(path: Path) -> dict[Path, str]:
+    """Class folder -> its class: the folder's name with spaces for underscores, and without a
+    number before it if all folders have one and are told apart without.
+
+    Raises UserError for a folder without a photograph that is not part of a layout.
+    """
+    inside = folders(path)
+    photos = {folder for folder in inside if has_photograph(folder)}
+    for folder in inside:
+        if folder in photos or is_layout(folder.name):
+            continue
+        held = [file.name for file in files(folder)]
+        if held:
+            raise UserError(
+                f"{path}: {folder.name} holds no photograph ({', '.join(held[:3])}): if it is a "
+                f"class, put its photographs there, else move it out of {path.name}"
+            )
+        raise UserError(f"{path}: {folder.name} is empty: put its photographs there, or remove it")
+    names = {folder: folder.name for folder in inside if folder in photos}
+    bare = {folder: NUMBERED.sub("", name, count=1) for folder, name in names.items()}
+    if all(map(NUMBERED.match, names.values())) and len(set(bare.values())) == len(names):
+        names = bare
+    return {folder: name.replace("_", " ").strip() for folder, name in names.items()}
+
+
+def beside(path: Path, sources: dict[str, Path]) -> list[str]:
+    """Names of what lies in `path` and is not used: neither a class nor on the way to one."""
+    used = set(sources.values()) | {above for root in sources.values() for above in root.parents}
+    inside = [p for p in path.iterdir() if not p.name.startswith(".") and p not in used]
+    if path in sources.values():
+        inside = [p for p in inside if not (p.is_dir() and has_photograph(p))]
+    return sorted(p.name for p in inside)
 
 
 def folders(path: Path) -> list[Path]:
-    """The folders in `path` that are not hidden, sorted."""
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    """The folders in `path` that are not hidden, sorted; none if it is no folder."""
+    inside = path.iterdir() if path.is_dir() else ()
+    return sorted(f for f in inside if f.is_dir() and not f.name.startswith("."))
 
 
-def photographs(path: Path, deep: bool = True) -> list[Path]:
-    """Files with the suffix of an image, sorted; in subfolders too if `deep`."""
-    return [file for file in files(path, deep) if is_photograph(file)]
+def with_photographs(path: Path) -> list[Path]:
+    """The folders in `path` that have a photograph in them, however deep."""
+    return [folder for folder in folders(path) if has_photograph(folder)]
+
+
+def has_photograph(path: Path) -> bool:
+    return any(map(is_photograph, _walk(path)))
+
+
+def photographs(path: Path) -> list[Path]:
+    """Files with the suffix of an image, sorted, in subfolders too."""
+    return [file for file in files(path) if is_photograph(file)]
 
 
 def is_photograph(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
-def files(path: Path, deep: bool = True) -> list[Path]:
-    """The files in a folder that are not hidden, sorted. Links are followed; a broken one is listed
-    too, for data/check.py to report."""
-    return sorted(_walk(path, deep))
+def files(path: Path, depth: int = 99) -> list[Path]:
+    """The files in a folder that are not hidden, sorted. depth: 1 for those in no subfolder. Links
+    are followed; a broken one is listed too, for data/check.py to report."""
+    return sorted(_walk(path, depth))
 
 
-def _walk(path: Path, deep: bool) -> Iterator[Path]:
+def _walk(path: Path, depth: int = 99) -> Iterator[Path]:
     visited = set()
     for folder, inside, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         again = real in visited  # a link to a folder above
         visited.add(real)
+        deep = len(Path(folder).relative_to(path).parts) + 1 < depth
         inside[:] = [name for name in inside if name[0] != "." and deep and not again]
         yield from (Path(folder, name) for name in names if name[0] != "." and not again)

@@ -1,54 +1,83 @@
-"""Hugging Face data sets with an image and a class label, or with objects and their boxes."""
+"""Tables with an image and a class label, or with objects and their boxes, as Hugging Face sets,
+CSV files and JSON lines have them.
 
+Not here: which column is which (data/columns.py).
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from data import detection
+from data import annotations
+from data.columns import Roles
+from data.detection import rows_of
 from data.errors import UserError
+from data.folders import about_classes
+from data.images import size_of
 from data.rows import IMAGE_COLUMNS, SplitRows
+from data.table import Table
 from data.wording import Wording, check_names
 
 BOXES, CATEGORIES = ("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+UNKNOWN = (10**6, 10**6)  # the size of an image that cannot be read, which data/check.py names
 
 
-def label_column(table) -> str | None:
-    """The column with class labels, or None. Raises UserError if there are several."""
-    import datasets
+def read_labels(
+    table: Table,
+    roles: Roles,
+    column: str,
+    folder: Path,
+    wording: Wording,
+    others: Callable[[], list[Table]],
+) -> SplitRows:
+    """Classification: a row's solution is the name of its label, with spaces for underscores.
 
-    labels = [n for n, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if len(labels) > 1:
-        raise UserError(f"several columns are class labels: {', '.join(labels)}; keep one")
-    return labels[0] if labels else None
-
-
-def read_labels(table, column: str, folder: Path, wording: Wording) -> SplitRows:
-    """Classification: a row's solution is the name of its label.
-
-    table: a `datasets.Dataset`; folder: what image paths are relative to. Raises UserError if two
-    classes have one name.
+    A label is an index of named classes (`datasets.ClassLabel`), or a text or number that is the
+    name itself; then the classes are those of all splits. folder: what image paths are relative to.
+    others: the tables of the other splits. Raises UserError if two classes have one name, or if
+    there is one class only.
     """
-    names = [name.replace("_", " ") for name in table.features[column].names]
+    if named := table.class_labels.get(column):
+        names = [name.replace("_", " ") for name in named]
+    else:
+        tables = [table, *(other for other in others() if column in other.columns)]
+        found = {class_text(value) for each in tables for value in each.values(column)}
+        names = sorted(found - {""})
     check_names(names, f"{column}: the classes")
-    problem = wording.class_problem(names)
+    if len(names) < 2:
+        raise UserError(f"the column {column} has one class only, {names}: nothing to tell apart")
+    problem, image = wording.class_problem(names), roles.image
 
     def convert(row: dict) -> dict:
-        label = row[column]
-        known = isinstance(label, int) and 0 <= label < len(names)
-        fault = "" if known else f"{column} is {label!r}, and there are {len(names)} classes"
-        solution = names[label] if known else None
-        return row | {"problem": problem, "solution": solution, "fault": fault}
+        label = row.get(column)
+        if named:
+            known = isinstance(label, int) and 0 <= label < len(names)
+            fault = "" if known else f"{column} is {label!r}, and there are {len(names)} classes"
+            solution = names[label] if known else None
+        else:
+            solution = class_text(label)
+            fault = "" if solution else f"{column} is {str(label)[:80]!r}, no name of a class"
+        images = {} if image in IMAGE_COLUMNS else {"image": row.get(image)}
+        return row | images | {"problem": problem, "solution": solution, "fault": fault}
 
-    rows = SplitRows(table.with_format("arrow"), folder, convert)
+    rows = SplitRows(table.stored, folder, convert)
     rows.has_our_prompts = True
     rows.notes = [f"{len(names)} classes, {len(table)} photographs: {', '.join(names)}"]
+    rows.notes += [*roles.notes, *about_classes(names)]
     return rows
 
 
-def has_objects(table) -> bool:
-    return "objects" in table.column_names
+def class_text(value) -> str:
+    """The name of the class that a label's text or number is; "" for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        return ""
+    return str(value).replace("_", " ").strip()
 
 
-def read_objects(table, folder: Path, wording: Wording) -> SplitRows:
+def read_objects(table: Table, image_column: str, folder: Path, wording: Wording) -> SplitRows:
     """Detection: `objects` has for each image lists of boxes and of their categories.
 
     The table is turned into the content of a COCO file, and read as one. Boxes are taken for
@@ -56,54 +85,92 @@ def read_objects(table, folder: Path, wording: Wording) -> SplitRows:
     it is None, some box reaches out of its image, and as two corners all lie inside. Raises
     UserError if there are other columns, or a row has no boxes with their categories.
     """
-    boxes, labels, names = _object_columns(table.features["objects"])
-    image_column = next(name for name in IMAGE_COLUMNS if name in table.column_names)
-    sizes = _sizes(table, image_column)
-    images, annotations = [], []
-    for i, row in enumerate(table.select_columns(["objects"]).with_format(None)):
-        w, h = sizes[i]
-        image = partial(_image, table, image_column, i)
-        images.append({"id": i, "file_name": f"row {i}", "image": image, "width": w, "height": h})
-        for box, category in _boxes_with_categories(row["objects"], boxes, labels, i):
+    boxes, labels = _object_keys(table)
+    names = table.category_names(labels)
+    annotated, all_objects = [], table.values("objects")
+    for i, objects in enumerate(all_objects):
+        for box, category in _boxes_with_categories(objects, boxes, labels, i):
             if names and not 0 <= category < len(names):
                 raise UserError(f"row {i}: category {category}, and there are {len(names)}")
-            ids = {"id": len(annotations) + 1, "image_id": i, "category_id": category}
-            annotations.append(ids | {"bbox": list(box)})
+            annotated.append((i, list(box), category))
+    sizes = _sizes(table, image_column, folder)
     corners = wording.corners
     if corners is None:
-        placed = [(a["bbox"], sizes[a["image_id"]]) for a in annotations]
-        corners = any(_reaches_out(box, size) for box, size in placed)
-        corners = corners and all(_are_corners(box, size) for box, size in placed)
-    for annotation in annotations:
-        if corners:
-            x1, y1, x2, y2 = annotation["bbox"]
-            annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    numbers = sorted({a["category_id"] for a in annotations})
-    categories = [{"id": n, "name": names[n] if names else str(n)} for n in numbers]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    rows = detection.rows_of(content, "objects", wording)
+        placed = [(box, sizes[i]) for i, box, _ in annotated]
+        corners = any(annotations.reaches_out(box, size) for box, size in placed)
+        corners = corners and all(annotations.are_corners(box, size) for box, size in placed)
+    images = [_entry(table, image_column, i, sizes[i]) for i in range(len(table))]
+    content = _content(images, annotated, corners, names)
+    rows = rows_of(content, "objects", wording)
     rows.folder, rows.corners = folder, corners
     form = "two corners" if corners else "x, y, width, height"
     rows.notes.append(f"boxes are taken to be {form}, in pixels")
     return rows
 
 
-def _object_columns(feature) -> tuple[str, str, list[str] | None]:
-    """What `objects` calls its boxes and its categories, and the categories' names if it has them.
+def has_corners(columns: Sequence[str]) -> bool:
+    """Whether a table has a box in each row, in columns xmin, ymin, xmax and ymax."""
+    return set(CORNERS) <= {str(column).lower() for column in columns}
 
-    Raises UserError if it has no such lists.
+
+def read_corners(table: Table, image_column: str, folder: Path, wording: Wording) -> SplitRows:
+    """Detection: each row is one box of an image, as TensorFlow's CSV files have it, with the
+    corners in columns xmin, ymin, xmax, ymax in pixels and the category in `class` or `label`.
+
+    Raises UserError if there is no such column, or a corner is no number.
     """
-    feature = getattr(feature, "feature", feature)
-    feature = feature[0] if isinstance(feature, list) else feature
-    if not isinstance(feature, dict):
-        raise UserError("objects are no lists of boxes and categories")
-    boxes = next((name for name in BOXES if name in feature), None)
-    labels = next((name for name in CATEGORIES if name in feature), None)
-    if boxes is None or labels is None:
-        raise UserError(f"objects has {', '.join(feature)}; it needs bbox and category")
-    category = feature[labels]
-    return boxes, labels, getattr(getattr(category, "feature", category), "names", None)
+    lower = {str(column).lower(): column for column in table.columns}
+    category = next((lower[n] for n in ("class", *CATEGORIES, "name") if n in lower), None)
+    if category is None:
+        raise UserError(f"it has boxes, and no column class that says of what; {table.columns}")
+    numbers, annotated = {}, []  # an image's name -> its number
+    for i in range(len(table)):
+        row = table.row(i)
+        image = numbers.setdefault(row[image_column], len(numbers))
+        box = [annotations.side(row[lower[name]]) for name in CORNERS]
+        if not annotations.is_box(box) or not class_text(row[category]):
+            values = [row[lower[name]] for name in CORNERS]
+            raise UserError(f"row {i}: the corners {values} of {row[category]!r} are no box")
+        annotated.append((image, box, class_text(row[category])))
+    images = [
+        {"id": i, "file_name": str(name), "width": size[0], "height": size[1]}
+        for name, i in numbers.items()
+        for size in [_size(name, folder)]
+    ]
+    rows = rows_of(_content(images, annotated, True, None), "the table", wording)
+    rows.folder = folder
+    rows.notes.append("boxes are two corners, in pixels")
+    return rows
+
+
+def _content(images: list[dict], annotated: list[tuple], corners: bool, names) -> dict:
+    """The content of a COCO file. annotated: (image's number, box, category) of each box; a
+    category is an index of `names`, or text or a number that is the name."""
+    found = sorted({category for _, _, category in annotated}, key=lambda c: (str(type(c)), c))
+    ids = {c: c if isinstance(c, int) else n for n, c in enumerate(found, 1)}
+    entries = []
+    for image, box, category in annotated:
+        box = annotations.without_corners(box) if corners else box
+        entry = {"id": len(entries) + 1, "image_id": image, "category_id": ids[category]}
+        entries.append(entry | {"bbox": box, "area": box[2] * box[3]})
+    categories = [{"id": ids[c], "name": names[c] if names else str(c)} for c in found]
+    return {"images": images, "annotations": entries, "categories": categories}
+
+
+def _object_keys(table: Table) -> tuple[str, str]:
+    """What `objects` calls its boxes and its categories. Raises UserError if it has no such
+    lists."""
+    for objects in table.values("objects"):
+        keys = objects if isinstance(objects, dict) else {}
+        if isinstance(objects, list) and objects and isinstance(objects[0], dict):
+            keys = objects[0]
+        if keys:
+            boxes = next((name for name in BOXES if name in keys), None)
+            labels = next((name for name in CATEGORIES if name in keys), None)
+            if boxes is None or labels is None:
+                raise UserError(f"objects has {', '.join(keys)}; it needs bbox and category")
+            return boxes, labels
+    raise UserError("objects are no lists of boxes and categories")
 
 
 def _boxes_with_categories(objects, boxes: str, labels: str, row: int) -> list[tuple]:
@@ -111,8 +178,8 @@ def _boxes_with_categories(objects, boxes: str, labels: str, row: int) -> list[t
 
     Raises UserError if a box is not four numbers, or a category is missing.
     """
-    if isinstance(objects, list):
-        objects = {name: [each[name] for each in objects] for name in (boxes, labels)}
+    if isinstance(objects, list) and all(isinstance(each, dict) for each in objects):
+        objects = {name: [each.get(name) for each in objects] for name in (boxes, labels)}
     objects = objects if isinstance(objects, dict) else {}
     box_list, label_list = objects.get(boxes), objects.get(labels)
     are_lists = isinstance(box_list, list) and isinstance(label_list, list)
@@ -120,44 +187,43 @@ def _boxes_with_categories(objects, boxes: str, labels: str, row: int) -> list[t
         raise UserError(f"row {row}: objects has no boxes with a category each")
     pairs = list(zip(box_list, label_list, strict=True))
     for box, category in pairs:
-        four = isinstance(box, list) and len(box) == 4
-        if not four or not all(isinstance(n, int | float) for n in box) or category is None:
+        if not annotations.is_box(box) or not isinstance(category, int | str):
             raise UserError(f"row {row}: objects has the box {box}, category {category}")
     return pairs
 
 
-def _image(table, column: str, index: int):
-    image = table.with_format("arrow")[index].to_pylist()[0][column]
+def _entry(table: Table, column: str, index: int, size: tuple) -> dict:
+    """A row's image as an entry of a COCO file; it is read when it is needed."""
+    image = partial(_image, table, column, index)
+    return {
+        "id": index,
+        "file_name": f"row {index}",
+        "image": image,
+        "width": size[0],
+        "height": size[1],
+    }
+
+
+def _image(table: Table, column: str, index: int):
+    image = table.row(index)[column]
     return image[0] if isinstance(image, list) and len(image) == 1 else image
 
 
-def _sizes(table, column: str) -> list[tuple[int, int]]:
+def _sizes(table: Table, column: str, folder: Path) -> list[tuple[int, int]]:
     """Width and height of each image in pixels: from columns of these names, else from the images
     in `column`."""
-    if {"width", "height"} <= set(table.column_names):
-        sizes = list(zip(table["width"], table["height"], strict=True))
+    if {"width", "height"} <= set(table.columns):
+        sizes = list(zip(table.values("width"), table.values("height"), strict=True))
         if all(isinstance(side, int) for size in sizes for side in size):
             return sizes
-    from data.images import open_image
-
-    def size(index: int) -> tuple[int, int]:
-        image = _image(table, column, index)
-        image = next(iter(image), None) if isinstance(image, list) else image
-        image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-        try:
-            return open_image(image).size
-        except (ValueError, TypeError):  # no size to fail at: data/check.py names the image
-            return (10**6, 10**6)
-
-    return [size(index) for index in range(len(table))]
+    return [_size(_image(table, column, index), folder) for index in range(len(table))]
 
 
-def _reaches_out(box: list, size: tuple[int, int]) -> bool:
-    """Whether a box [x, y, width, height] would reach more than a pixel out of the image."""
-    return box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1
-
-
-def _are_corners(box: list, size: tuple[int, int]) -> bool:
-    """Whether a box [x1, y1, x2, y2] would lie inside the image, give or take a pixel."""
-    x1, y1, x2, y2 = box
-    return 0 <= x1 < x2 <= size[0] + 1 and 0 <= y1 < y2 <= size[1] + 1
+def _size(image, folder: Path) -> tuple[int, int]:
+    """Width and height in pixels of an image as a table holds it: a path, bytes or a dict."""
+    image = next(iter(image), None) if isinstance(image, list) else image
+    image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
+    try:
+        return size_of(folder / image if isinstance(image, str) else image)
+    except (ValueError, TypeError):  # no size to fail at: data/check.py names the image
+        return UNKNOWN

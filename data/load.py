@@ -1,8 +1,8 @@
 """Data sets by name: which form it is, which splits there are, which rows are held out.
 
 A name is an embedded demo ("demo:flowers"), a file or folder, or a data set on the hub. What a
-folder holds decides the form: COCO annotations (data/coco.py), tables (data/tables.py), class
-folders (data/folders.py). Not here: whether the rows are sound (data/check.py).
+folder holds decides the form: COCO, YOLO or Pascal VOC annotations, tables, class folders, each a
+file of its name. Not here: whether the rows are sound (data/check.py).
 """
 
 import hashlib
@@ -14,14 +14,16 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from data import coco, flowers, folders, scenes, tables
+from data import coco, flowers, folders, scenes, tables, unread, voc, yolo
 from data.errors import UserError
 from data.rows import Row, SplitRows
-from data.wording import Wording
+from data.splits import split_of, splits_among
+from data.wording import Wording, check_names
 
 DEMOS = {"demo:flowers": flowers.rows, "demo:scenes": scenes.rows}
 SHARE = 0.2  # of the images is held out where there is no test split
 QWEN2_WORDING = Wording()  # boxes as Qwen2-VL writes them
+FORMS = {"coco": coco, "yolo": yolo, "voc": voc}  # with boxes, read through data/detection.py
 DEMO_ROWS = {"train": 480, "test": 180}
 
 
@@ -33,6 +35,8 @@ def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> Spl
     """
     path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
     form, sources = find_form(dataset_name)
+    if split not in sources and split_of(split) in sources:
+        split = split_of(split)  # --dataset_test_split val of a file val.jsonl
     if form != "hub" and split not in sources:
         raise UserError(
             f"{dataset_name}: no split {split!r}; there is {', '.join(sources) or 'none'} "
@@ -43,13 +47,14 @@ def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> Spl
             rows = SplitRows(_demo(dataset_name, split), Path())
         elif form == "hub":
             rows = tables.read_hub(dataset_name, split, wording)
-        elif form == "coco":
-            rows = coco.read(sources[split], wording)
         elif form == "folders":
-            classes = {name for source in sources.values() for name in folders.classes_of(source)}
-            rows = folders.read(sources[split], wording, sorted(classes))
+            names = {name for names in _class_names(sources).values() for name in names}
+            rows = folders.read(sources[split], wording, sorted(names))
+            rows.notes += _split_notes(path, split, sources)
+        elif form == "tables":
+            rows = tables.read(path, split, sources, wording)
         else:
-            rows = tables.read(path, split, sources[split], wording)
+            rows = FORMS[form].read(path, sources[split], wording)
     except ValueError as error:
         text = str(error)
         raise UserError(text if dataset_name in text else f"{where}: {text}") from error
@@ -76,9 +81,8 @@ def read_splits(
     """
     train = load(dataset_name, train_split, wording)
     if test_split is None:
-        names = ("test", "validation") if train.has_our_prompts else ("test",)
         present = set(splits(dataset_name)) - {train_split}
-        test_split = next((name for name in names if name in present), None)
+        test_split = next((name for name in ("test", "validation") if name in present), None)
     if test_split and test_share is not None:
         raise UserError(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
@@ -103,8 +107,8 @@ def splits(dataset_name: str) -> list[str]:
 
 
 def find_form(dataset_name: str) -> tuple[str, dict]:
-    """A data set's form, "demo", "coco", "folders", "tables" or "hub", and its splits: name -> what
-    holds it, a file, a folder or a list of files.
+    """A data set's form, "demo", "hub", "tables", "folders" or a key of FORMS, and its splits: name
+    -> what holds it, a file, a folder or a list of files.
 
     Of the hub no splits are known. Raises UserError if it has none of these forms, or two at once.
     """
@@ -115,16 +119,32 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
         return "hub", {}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return "tables", tables.find(path)
-    annotations, has_tables = coco.find(path), tables.has_tables(path)
-    if annotations and has_tables and path.is_dir():
+    annotations = coco.find(path)
+    if path.is_file():
+        if annotations or path.suffix in tables.SUFFIX:
+            return ("coco", annotations) if annotations else ("tables", tables.find(path))
+        if splits := yolo.find(path):
+            return "yolo", splits
+        raise UserError(unread.what_it_is(path))
+    found = tables.find(path)
+    strong = {file for files in found.values() for file in files if file.suffix != ".csv"}
+    if annotations and strong:
         raise UserError(
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
             f"the files, such as {next(iter(annotations.values()))}"
         )
     if annotations:
         return "coco", annotations
-    classes = {} if has_tables else folders.find(path)
-    return ("folders", classes) if classes else ("tables", tables.find(path))
+    if strong:
+        return "tables", found
+    for form in ("yolo", "voc"):
+        if splits := FORMS[form].find(path):
+            return form, splits
+    if found:
+        return "tables", found
+    if splits := folders.find(path):
+        return "folders", splits
+    raise UserError(unread.what_it_is(path))
 
 
 def _is_local(path: Path) -> bool:
@@ -134,9 +154,32 @@ def _is_local(path: Path) -> bool:
     """
     if path.exists():
         return True
-    if path.is_absolute() or len(path.parts) > 2 or path.suffix in (".json", ".jsonl", ".parquet"):
+    if path.is_absolute() or len(path.parts) > 2 or path.suffix in tables.SUFFIX:
         raise UserError(f"--dataset_name {path}: no such file or folder")
     return False
+
+
+def _class_names(sources: dict[str, Path]) -> dict[str, list[str]]:
+    """Split -> the names of its class folders. Raises UserError if two of all count as one."""
+    names = {split: list(folders.class_names(root).values()) for split, root in sources.items()}
+    everywhere = sorted({name for of_split in names.values() for name in of_split})
+    check_names(everywhere, f"{next(iter(sources.values()))}: the class folders of all splits")
+    return names
+
+
+def _split_notes(path: Path, split: str, sources: dict[str, Path]) -> list[str]:
+    """Lines for the plan on the training split: classes that it lacks, and what is not used."""
+    if split != "train":
+        return []
+    names, notes, root = _class_names(sources), [], sources[split]
+    for other, of_other in names.items():
+        if only := [name for name in of_other if name not in names[split]]:
+            notes.append(f"never trained on, as {other} alone has them: {', '.join(only)}")
+    if root != path and not splits_among([folder.name for folder in folders.folders(root.parent)]):
+        notes.append(f"the class folders are those in {root}")
+    if beside := folders.beside(path, sources):
+        notes.append(f"not used: {', '.join(beside[:8])} ({len(beside)} in all)")
+    return notes
 
 
 @cache

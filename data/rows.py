@@ -82,7 +82,9 @@ class SplitRows(Sequence):
     Set by whoever reads the form: notes, lines for the plan on what was decided while reading;
     has_our_prompts, whether the problems were worded here (data/wording.py) and not by the data
     set; asked_frame, the frame of boxes that such problems ask for (their solutions count pixels),
-    None of other rows; corners, whether boxes of `objects` were read as two corners.
+    None of other rows; stated_frame, the frame that the form's solutions count
+    in, None if it does not say; corners, whether boxes were read as two corners; places, the files
+    of images that are not where their names say (data/places.py).
     Set by data/load.py: name, the data set and the split, for messages; wording, as `load` got it.
     Set by data/check.py: sizes, (width, height) in pixels of each row's images; faults;
     image_keys, the content hashes of all images.
@@ -92,6 +94,8 @@ class SplitRows(Sequence):
         self.rows, self.folder, self.convert = rows, folder, convert
         self.name, self.wording = "", None
         self.notes, self.has_our_prompts, self.asked_frame, self.corners = [], False, None, None
+        self.places: dict[str, Path] = {}
+        self.stated_frame: str | None = None
         self.sizes: list[list[tuple[int, int]]] = []
         self.faults: list[Fault] = []
         self.image_keys: set[str] = set()
@@ -130,7 +134,7 @@ class SplitRows(Sequence):
         """Some of the rows as rows of their own, numbered from 0, before any is checked."""
         picked = self.rows.select(indices) if hasattr(self.rows, "select") else None
         rows = SplitRows(picked or [self.rows[i] for i in indices], self.folder, self.convert)
-        for name in ("name", "has_our_prompts", "asked_frame", "wording"):
+        for name in ("name", "has_our_prompts", "asked_frame", "stated_frame", "wording", "places"):
             setattr(rows, name, getattr(self, name))
         return rows
 
@@ -141,6 +145,8 @@ class SplitRows(Sequence):
             image = image.get("bytes") or image.get("path")
         if not isinstance(image, str):
             return image
+        if image in self.places:
+            return self.places[image]
         if image.startswith("data:"):
             return _decoded(image)
         if re.match(r"\w+://", image):
