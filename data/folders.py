@@ -13,6 +13,8 @@ from data.wording import Wording, check_names
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".heic", ".heif", ".avif")
+# Stands in the name of a class folder for "/", which no folder has: "Ram C／V Cargo Van".
+SLASH = "\uff0f"
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -57,8 +59,8 @@ def read(path: Path, wording: Wording, classes: list[str] | None = None) -> Spli
     """A row for each photograph in path's class folders, in the order of their names.
 
     classes: those of all splits, for the prompt; by default this split's. A class has its folder's
-    name, with spaces for underscores. Raises UserError if there is one class only, if a folder has
-    no photograph or if a photograph lies beside the folders.
+    name, with spaces for underscores and "/" for SLASH. Raises UserError if there is one class
+    only, if a folder has no photograph or if a photograph lies beside the folders.
     """
     loose = [file.name for file in photographs(path, deep=False)]
     if loose:
@@ -94,7 +96,7 @@ def read(path: Path, wording: Wording, classes: list[str] | None = None) -> Spli
 
 
 def class_name(folder: Path) -> str:
-    return folder.name.replace("_", " ").strip()
+    return folder.name.replace("_", " ").replace(SLASH, "/").strip()
 
 
 def classes_of(path: Path) -> list[str]:
