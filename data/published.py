@@ -76,7 +76,7 @@ def convert(source: Path, target: Path, shots: int | None = None, seed: int = 0)
     target = Path(os.path.realpath(target))
     if Path(os.path.realpath(source)) in target.parents:
         raise UserError(f"{target}: lies in {source}, where nothing is changed; choose another")
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is there and not an empty folder; give a new one")
     base = Path(os.path.realpath(base))
     splits = _check(base, layout.images(base))
