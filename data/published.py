@@ -38,8 +38,7 @@ class Layout(NamedTuple):
 
 
 def published(path: Path) -> str | None:
-    """Name of the benchmark that a folder holds in its own layout, though perhaps not all of it;
-    None for class folders and any other data set. Needs no scipy."""
+    """Name of the benchmark that a folder holds in its own layout, complete or not; else None."""
     return getattr(_find(path)[0], "name", None)
 
 
@@ -72,7 +71,7 @@ def convert(source: Path, target: Path, shots: int | None = None, seed: int = 0)
     layout, base = _find(source)
     if layout is None:
         known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
-        raise UserError(f"{source}: not a folder with one of these as unpacked: {known}")
+        raise UserError(f"{source}: no folder that holds one of these, unpacked: {known}")
     target = Path(os.path.realpath(target))
     if Path(os.path.realpath(source)) in target.parents:
         raise UserError(f"{target}: lies in {source}, where nothing is changed; choose another")
@@ -163,8 +162,7 @@ def _table(path: Path) -> dict[str, str]:
 
 
 def _mat(path: Path, name: str, field: str = "", kind: type = str) -> list:
-    """The texts (kind str) or whole numbers (int) in an array of a MATLAB file, or in a field of
-    its structures."""
+    """Texts (kind str) or whole numbers (int): an array of a MATLAB file, or its structs' field."""
     try:
         import numpy
         from scipy.io import loadmat

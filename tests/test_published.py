@@ -448,8 +448,9 @@ def test_only_a_new_place_is_written_to(tmp_path, monkeypatch, capsys):
 
 def test_links_hold_when_both_folders_move(tmp_path):
     expected = food(tmp_path / "here" / "disk" / "food")
-    (tmp_path / "here" / "food").symlink_to("disk/food")  # a source that is a link itself
-    convert(tmp_path / "here" / "food", tmp_path / "here" / "made")
+    (tmp_path / "here" / "disk" / "inner").mkdir()
+    (tmp_path / "here" / "link").symlink_to("disk/inner")  # link/.. is not here but here/disk
+    convert(tmp_path / "here" / "link" / ".." / "food", tmp_path / "here" / "made")
     (tmp_path / "here").rename(tmp_path / "there")
     assert read(tmp_path / "there" / "made", tmp_path / "there" / "disk" / "food") == expected
 
