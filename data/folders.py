@@ -17,6 +17,8 @@ from data.wording import LISTED, Wording, check_names
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".heic", ".heif", ".avif")
+# Stands in the name of a class folder for "/", which no folder has: "Ram C／V Cargo Van".
+SLASH = "\uff0f"
 NUMBERED = re.compile(r"\d+\s*[.\-_)]\s*(?=\D)")  # 001.Black_footed_Albatross
 WORDNET = re.compile(r"n\d{8}")
 
@@ -146,8 +148,8 @@ def about_classes(names: list[str]) -> list[str]:
 
 
 def class_names(path: Path) -> dict[Path, str]:
-    """Class folder -> its class: the folder's name with spaces for underscores, and without a
-    number before it if all folders have one and are told apart without.
+    """Class folder -> its class: the folder's name with spaces for underscores and "/" for SLASH,
+    and without a number before it if all folders have one and are told apart without.
 
     Raises UserError for a folder without a photograph that is not part of a layout.
     """
@@ -167,7 +169,7 @@ def class_names(path: Path) -> dict[Path, str]:
     bare = {folder: NUMBERED.sub("", name, count=1) for folder, name in names.items()}
     if all(map(NUMBERED.match, names.values())) and len(set(bare.values())) == len(names):
         names = bare
-    return {folder: name.replace("_", " ").strip() for folder, name in names.items()}
+    return {f: name.replace("_", " ").replace(SLASH, "/").strip() for f, name in names.items()}
 
 
 def beside(path: Path, sources: dict[str, Path]) -> list[str]:

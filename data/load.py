@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import coco, flowers, folders, scenes, tables, unread, voc, yolo
 from data.errors import UserError
+from data.published import published
 from data.rows import Row, SplitRows
 from data.splits import split_of, splits_among
 from data.wording import Wording, check_names
@@ -142,9 +143,21 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             return form, splits
     if found:
         return "tables", found
-    if splits := folders.find(path):
-        return "folders", splits
-    raise UserError(unread.what_it_is(path))
+    benchmark = published(path)
+    try:
+        if splits := folders.find(path):
+            return "folders", splits
+    except UserError as error:
+        raise error if benchmark is None else UserError(_convert(path, benchmark)) from error
+    raise UserError(_convert(path, benchmark) if benchmark else unread.what_it_is(path))
+
+
+def _convert(path: Path, benchmark: str) -> str:
+    return (
+        f"{path}: this is {benchmark} in its own layout: make class folders of it with\n"
+        f"  python -m data.published {path} {path.name}-classes\n"
+        f"and give --dataset_name {path.name}-classes"
+    )
 
 
 def _is_local(path: Path) -> bool:
@@ -177,6 +190,8 @@ def _split_notes(path: Path, split: str, sources: dict[str, Path]) -> list[str]:
             notes.append(f"never trained on, as {other} alone has them: {', '.join(only)}")
     if root != path and not splits_among([folder.name for folder in folders.folders(root.parent)]):
         notes.append(f"the class folders are those in {root}")
+    if benchmark := published(path):
+        notes.append(f"this is {benchmark}: python -m data.published makes its own splits of it")
     if beside := folders.beside(path, sources):
         notes.append(f"not used: {', '.join(beside[:8])} ({len(beside)} in all)")
     return notes
