@@ -10,7 +10,7 @@ from pathlib import Path
 from data import annotations, files
 from data.detection import file_name, rows_of
 from data.errors import UserError
-from data.images import size_of
+from data.images import size_if_known
 from data.places import missing, place_images
 from data.rows import SplitRows
 from data.splits import SPLITS, split_of, words_of
@@ -18,7 +18,6 @@ from data.wording import Wording
 
 OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic")  # files of the same images
 PARTS = ("images", "annotations", "categories")
-UNKNOWN = (10**6, 10**6)  # the size of an image that cannot be read, which data/check.py names
 
 
 def find(path: Path) -> dict[str, Path]:
@@ -119,10 +118,7 @@ def read(path: Path, file: Path, wording: Wording) -> SplitRows:
     content = content | {"images": [placed(entry) for entry in content["images"]]}
 
     def own_size(entry: dict) -> tuple[int, int]:
-        try:
-            return size_of(folder / (entry.get("image") or file_name(entry)))
-        except UserError:
-            return UNKNOWN
+        return size_if_known(folder / (entry.get("image") or file_name(entry)))
 
     content, notes, corners = annotations.sound(content, own_size, wording.corners)
     rows = rows_of(content, file, wording)

@@ -13,14 +13,13 @@ from data.columns import Roles
 from data.detection import rows_of
 from data.errors import UserError
 from data.folders import about_classes
-from data.images import size_of
+from data.images import size_if_known
 from data.rows import IMAGE_COLUMNS, SplitRows
 from data.table import Table
 from data.wording import Wording, check_names
 
 BOXES, CATEGORIES = ("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-UNKNOWN = (10**6, 10**6)  # the size of an image that cannot be read, which data/check.py names
 
 
 def read_labels(
@@ -223,7 +222,4 @@ def _size(image, folder: Path) -> tuple[int, int]:
     """Width and height in pixels of an image as a table holds it: a path, bytes or a dict."""
     image = next(iter(image), None) if isinstance(image, list) else image
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-    try:
-        return size_of(folder / image if isinstance(image, str) else image)
-    except (ValueError, TypeError):  # no size to fail at: data/check.py names the image
-        return UNKNOWN
+    return size_if_known(folder / image if isinstance(image, str) else image)

@@ -59,9 +59,9 @@ def what_it_is(path: Path) -> str:
     if photographs(path):
         shown = ", ".join(str(file.relative_to(path)) for file in inside[:5])
         return (
-            f"{path}: no data set here: photographs ({shown}), and nothing that says what they "
-            f"show. Put those of each class into a folder of its name (tulip/1.jpg, rose/1.jpg), or list "
-            f"them in a CSV file with the columns image and label"
+            f"{path}: no data set here: photographs ({shown}), and nothing says what "
+            f"they show. Put those of each class into a folder of its name (tulip/1.jpg), or "
+            f"list them in a CSV file with the columns image and label"
         )
     shown = ", ".join(str(file.relative_to(path)) for file in inside[:5])
     return f"{path}: no data set here ({shown}); a data set is {READ}"

@@ -14,14 +14,13 @@ from data import annotations, files
 from data.detection import rows_of
 from data.errors import UserError
 from data.folders import folders, is_photograph, photographs
-from data.images import size_of
+from data.images import size_if_known
 from data.rows import SplitRows
 from data.splits import split_of
 from data.wording import Wording
 
 IN_ANNOTATIONS, IN_IMAGES = ("annotations", "xmls", "xml"), ("jpegimages", "images", "image", "img")
 LISTS = {"train": "train", "trainval": "train", "val": "validation", "test": "test"}
-UNKNOWN = (10**6, 10**6)  # the size of an image that cannot be read, which data/check.py names
 
 
 def find(path: Path) -> dict[str, list[Path]]:
@@ -109,7 +108,9 @@ def read(path: Path, xmls: list[Path], wording: Wording) -> SplitRows:
     rows = rows_of(content, path, wording)
     rows.folder = path
     rows.notes.insert(0, f"read as Pascal VOC: {len(xmls)} XML files, corners in pixels")
-    if unlisted := len(xml_files(path)) - len({x for those in find(path).values() for x in those}):
+    listed = {xml for of_split in find(path).values() for xml in of_split}
+    beside = {f for folder in {xml.parent for xml in xmls} for f in folder.glob("*.xml")}
+    if unlisted := len(beside - listed):
         rows.notes.append(f"{unlisted} XML files are in none of the lists in ImageSets/Main")
     if any(difficult for *_, difficult in found):
         rows.notes.append("objects marked difficult count as crowds")
@@ -151,10 +152,7 @@ def _size(root: ElementTree.Element, photo: Path) -> dict[str, int]:
     """Width and height in pixels as the file says, or the photograph's own."""
     size = [annotations.side(root.findtext(f"size/{name}")) for name in ("width", "height")]
     if not all(annotations.is_number(n) and n > 0 for n in size):
-        try:
-            size = size_of(photo)
-        except UserError:
-            size = UNKNOWN
+        size = size_if_known(photo)
     return {"width": size[0], "height": size[1]}
 
 

@@ -16,13 +16,12 @@ from data import annotations, files
 from data.detection import rows_of
 from data.errors import UserError
 from data.folders import folders, photographs
-from data.images import size_of
+from data.images import size_if_known
 from data.rows import SplitRows
 from data.splits import split_of
 from data.wording import Wording
 
 NAME_FILES = ("classes.txt", "obj.names", "*.names", "_darknet.labels", "labels/classes.txt")
-UNKNOWN = (10**6, 10**6)  # the size of an image that cannot be read, which data/check.py names
 ENTRIES = {"train": "train", "val": "validation", "valid": "validation", "test": "test"}
 
 
@@ -129,10 +128,7 @@ def read(path: Path, photos: list[Path], wording: Wording) -> SplitRows:
     images, entries, wrong, without = [], [], [], 0
     for photo in photos:
         name = str(photo.relative_to(root)) if photo.is_relative_to(root) else str(photo)
-        try:
-            size = size_of(photo)
-        except UserError:
-            size = UNKNOWN
+        size = size_if_known(photo)
         file = label_file(photo)
         images.append({"id": name, "file_name": name, "width": size[0], "height": size[1]})
         without += not file.is_file()
