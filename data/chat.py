@@ -64,6 +64,8 @@ def _converted(row: dict) -> dict:
         messages.insert(0, ("system", _as_text(row["system"])))
     system = "".join(f"{text.strip()}\n\n" for role, text in messages if role == "system")
     answers = [text for role, text in messages if role == "assistant"]
+    rule = row.get("reward_model")  # verl's
+    row = row | rule if isinstance(rule, dict) else row
     solution = next((row[name] for name in SOLUTIONS if row.get(name) is not None), None)
     if solution is None:
         if not answers or messages[-1][0] != "assistant":

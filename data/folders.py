@@ -19,7 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 SUFFIXES += (".heic", ".heif", ".avif")
 # Stands in the name of a class folder for "/", which no folder has: "Ram C／V Cargo Van".
 SLASH = "\uff0f"
-NUMBERED = re.compile(r"\d+\s*[.\-_)]\s*(?=\D)")  # 001.Black_footed_Albatross
+# 001.Black_footed_Albatross, n02085620-Chihuahua
+NUMBERED = re.compile(r"(?:\d+|n\d{8})\s*[.\-_)]\s*(?=\D)")
 WORDNET = re.compile(r"n\d{8}")
 
 
@@ -62,7 +63,7 @@ def _class_root(split: Path) -> Path | None:
     """The folder with the class folders of a split: its own, or one that alone has its photographs,
     as in train/images/tulip. None if there is none."""
     inside = with_photographs(split)
-    if len(inside) == 1 and is_layout(inside[0].name):
+    if len(inside) == 1 and (is_layout(inside[0].name) or with_photographs(inside[0])):
         return _class_root(inside[0])
     classes = inside and not any(is_layout(folder.name) for folder in inside)
     return split if classes else None

@@ -44,6 +44,9 @@ def read_labels(
         found = {class_text(value) for each in tables for value in each.values(column)}
         names = sorted(found - {""})
     check_names(names, f"{column}: the classes")
+    if not names:
+        shown = str(table.first.get(column))[:80]
+        raise UserError(f"the column {column} holds {shown}, which is no name of a class")
     if len(names) < 2:
         raise UserError(f"the column {column} has one class only, {names}: nothing to tell apart")
     problem, image = wording.class_problem(names), roles.image

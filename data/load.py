@@ -90,11 +90,25 @@ def read_splits(
         )
     if test_split:
         held_out = load(dataset_name, test_split, replace(wording, corners=train.corners))
+        train.notes += _compare_categories(train, held_out)
         train.notes += [f"held out: {line}" for line in held_out.notes]
         return train, held_out
     if test_share is None:
         test_share = SHARE if train.has_our_prompts else 0.0
     return hold_out(train, test_share) if test_share else (train, train.pick([]))
+
+
+def _compare_categories(train: SplitRows, held_out: SplitRows) -> list[str]:
+    """A line for the plan on categories that are held out alone. Raises UserError if two names of
+    both splits count as one."""
+    if not train.asked_frame:
+        return []
+    trained, tested = (
+        dict.fromkeys(row.coco["category"] for row in rows) for rows in (train, held_out)
+    )
+    check_names(list(trained | tested), f"{train.name}: the categories of both splits")
+    only = [name for name in tested if name not in trained]
+    return [f"never trained on, as they are held out alone: {', '.join(only)}"] if only else []
 
 
 def splits(dataset_name: str) -> list[str]:

@@ -17,46 +17,20 @@ SPLITS = {
     "dev": "validation",
 }
 # Words that may stand beside a split in its name: training_set, train_images, test-data-2017.
-BESIDE = {"set", "split", "folder", "files", "samples", "part", "new", "all", "raw", "resized"}
+BESIDE = set(["set", "split", "folder", "files", "samples", "part", "new", "all", "raw", "resized"])
 # Folders that belong to a data set's layout. The singular of some (mask, photo) may be a class.
-LAYOUT = {"image", "images", "img", "imgs", "jpg", "jpgs", "jpeg", "jpegs", "jpegimages", "png"}
-LAYOUT |= {"pngs", "pics", "pictures", "photos", "photographs", "annotation", "annotations"}
-LAYOUT |= {
-    "annot",
-    "annots",
-    "anno",
-    "labels",
-    "labeltxt",
-    "masks",
-    "bbox",
-    "bboxes",
-    "xml",
-    "xmls",
-}
-LAYOUT |= {"imagesets", "segmentation", "segmentations", "segmentationclass", "trimaps", "csv"}
-LAYOUT |= {"segmentationobject", "groundtruth", "gt", "devkit", "attributes", "thumbnails"}
-LAYOUT |= {
-    "data",
-    "dataset",
-    "metadata",
-    "meta",
-    "json",
-    "txt",
-    "lists",
-    "splits",
-    "macosx",
-    "datasets",
-}
+LAYOUT = set(
+    ["image", "images", "img", "imgs", "jpg", "jpgs", "jpeg", "jpegs", "jpegimages", "png", "pngs", "pics", "pictures", "photos", "photographs", "annotation", "annotations", "annot", "annots", "anno", "annos", "anns", "labels", "labeltxt", "lbl", "masks", "trimaps", "bbox", "bboxes", "boundingboxes", "xml", "xmls", "csv", "json", "txt", "imagesets", "segmentation", "segmentations", "depth", "segmentationclass", "segmentationobject", "groundtruth", "gt", "devkit", "attributes", "thumbnails", "data", "dataset", "datasets", "metadata", "meta", "lists", "splits", "macosx"]
+)
 
 
 def words_of(name: str) -> list[str]:
     """The words of a name in small letters: "Train_Set2017" -> train, set."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     words = re.findall(r"[^\W\d_]+", spaced.lower())
     parts = [re.fullmatch(r"(\w+?)(set|data|images|imgs)", word) for word in words]
-    apart = [
-        p.groups() if p and p[1] in SPLITS else (w,) for p, w in zip(parts, words, strict=True)
-    ]
+    pairs = zip(parts, words, strict=True)
+    apart = [part.groups() if part and part[1] in SPLITS else (word,) for part, word in pairs]
     return [word for group in apart for word in group]
 
 
@@ -90,5 +64,7 @@ def is_layout(name: str) -> bool:
     """Whether a folder's name belongs to a data set's layout (images, annotations, train_masks),
     so that it is no class."""
     words = words_of(name)
+    if "".join(words) in LAYOUT:  # ground_truth, image_sets
+        return True
     says = any(word in LAYOUT or word in SPLITS for word in words)
     return says and all(word in LAYOUT or word in BESIDE or word in SPLITS for word in words)

@@ -28,7 +28,9 @@ def find(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         return {}
     splits: dict[str, list[Path]] = {}
-    for folder in folders(path):
+    above = [folder for folder in folders(path) if folder.name.lower() in IN_ANNOTATIONS]
+    inner = [folder for annotated in above for folder in folders(annotated)]
+    for folder in (*folders(path), *inner):  # train/, or annotations/train/
         if (split := split_of(folder.name)) and (found := xml_files(folder)):
             splits.setdefault(split, []).extend(found)
     if splits:
@@ -126,12 +128,12 @@ def _parsed(xml: Path) -> ElementTree.Element:
 
 def _image_folder(xml: Path) -> Path:
     """The folder with the photographs of an XML file: JPEGImages/ beside Annotations/ or the like,
-    or its own."""
-    if xml.parent.name.lower() in IN_ANNOTATIONS:
-        for folder in folders(xml.parent.parent):
-            if folder.name.lower() in IN_IMAGES:
-                return folder
-        return xml.parent.parent
+    there in a folder of the same name as the file's, or the file's own."""
+    for inner, folder in (("", xml.parent), (xml.parent.name, xml.parent.parent)):
+        if folder.name.lower() in IN_ANNOTATIONS:
+            beside = (f for f in folders(folder.parent) if f.name.lower() in IN_IMAGES)
+            images = next(beside, folder.parent)
+            return images / inner if (images / inner).is_dir() else images
     return xml.parent
 
 

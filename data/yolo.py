@@ -17,11 +17,13 @@ from data.detection import rows_of
 from data.errors import UserError
 from data.folders import folders, photographs
 from data.images import size_if_known
+from data.places import last_part
 from data.rows import SplitRows
 from data.splits import split_of
 from data.wording import Wording
 
 NAME_FILES = ("classes.txt", "obj.names", "*.names", "_darknet.labels", "labels/classes.txt")
+IN_IMAGES = ("images", "jpegimages")  # what is called labels/ for the text files
 ENTRIES = {"train": "train", "val": "validation", "valid": "validation", "test": "test"}
 
 
@@ -36,10 +38,11 @@ def find(path: Path) -> dict[str, list[Path]]:
     if file is None and not any(map(_is_labelled, photographs(path)[:200])):
         return {}
     splits = _named_splits(settings, file) if file else {}
+    splits = splits if "train" in splits else _listed_splits(path)
     for folder in folders(path) if not splits else []:
         if split := split_of(folder.name):  # train/images, or photographs with labels beside them
             splits.setdefault(split, []).extend(photographs(folder))
-        if folder.name == "images":
+        if folder.name.lower() in IN_IMAGES:
             for inner in folders(folder):
                 if split := split_of(inner.name):
                     splits.setdefault(split, []).extend(photographs(inner))
@@ -85,13 +88,27 @@ def _named_splits(settings: dict, file: Path) -> dict[str, list[Path]]:
     return {split: inside for split, inside in splits.items() if inside}
 
 
+def _listed_splits(path: Path) -> dict[str, list[Path]]:
+    """The photographs of each split that a text file lists, as darknet has it: train.txt, by the
+    last part of each path."""
+    splits: dict[str, list[Path]] = {}
+    for entry, split in ENTRIES.items():
+        if files.fault(path / f"{entry}.txt"):
+            continue
+        names = [last_part(line) for line in files.read_text(path / f"{entry}.txt").splitlines()]
+        by_name = {photo.name: photo for photo in photographs(path)}
+        if names and all(name in by_name for name in names if name):
+            splits.setdefault(split, []).extend(by_name[name] for name in names if name)
+    return splits if "train" in splits else {}
+
+
 def label_file(photo: Path) -> Path:
     """The text file with a photograph's boxes: in labels/ for one in images/, with the same folders
     below, else beside it."""
     parts = list(photo.parts)
-    places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    places = [i for i, part in enumerate(parts[:-1]) if part.lower() in IN_IMAGES]
     if places:
-        parts[places[-1]] = "labels"
+        parts[places[-1]] = "Labels" if parts[places[-1]] == "Images" else "labels"
         in_labels = Path(*parts).with_suffix(".txt")
         if in_labels.is_file() or not photo.with_suffix(".txt").is_file():
             return in_labels
