@@ -16,11 +16,14 @@ SPLITS = {
     "validation": "validation",
     "dev": "validation",
 }
-# Words that may stand beside a split in its name: training_set, train_images, test-data-2017.
-BESIDE = set(["set", "split", "folder", "files", "samples", "part", "new", "all", "raw", "resized"])
+# Words that may stand beside a split in its name: training_set, raw_images, test-part-2.
+BESIDE = re.compile(r"set|split|folder|files|samples|part|new|all|raw|resized")
 # Folders that belong to a data set's layout. The singular of some (mask, photo) may be a class.
-LAYOUT = set(
-    ["image", "images", "img", "imgs", "jpg", "jpgs", "jpeg", "jpegs", "jpegimages", "png", "pngs", "pics", "pictures", "photos", "photographs", "annotation", "annotations", "annot", "annots", "anno", "annos", "anns", "labels", "labeltxt", "lbl", "masks", "trimaps", "bbox", "bboxes", "boundingboxes", "xml", "xmls", "csv", "json", "txt", "imagesets", "segmentation", "segmentations", "depth", "segmentationclass", "segmentationobject", "groundtruth", "gt", "devkit", "attributes", "thumbnails", "data", "dataset", "datasets", "metadata", "meta", "lists", "splits", "macosx"]
+LAYOUT = re.compile(
+    r"images?|imgs?|jpe?gs?|jpegimages|pngs?|pics|pictures|photos|photographs|thumbnails|data|"
+    r"annotations?|annots?|annos?|anns|labels|labeltxt|lbl|masks|trimaps|segmentations?|depth|"
+    r"segmentation(class|object)|groundtruth|gt|bbox(es)?|boundingboxes|xmls?|csv|json|txt|lists|"
+    r"imagesets|splits|datasets?|devkit|attributes|meta(data)?|macosx"
 )
 
 
@@ -39,8 +42,7 @@ def split_of(name: str) -> str | None:
     words such as "set" may stand beside it. None for any other name."""
     words = words_of(name)
     found = {SPLITS[word] for word in words if word in SPLITS}
-    alone = all(word in SPLITS or word in BESIDE or word in LAYOUT for word in words)
-    return found.pop() if len(found) == 1 and alone else None
+    return found.pop() if len(found) == 1 and all(map(_says_nothing, words)) else None
 
 
 def splits_among(names: Iterable[str]) -> dict[str, str]:
@@ -64,7 +66,12 @@ def is_layout(name: str) -> bool:
     """Whether a folder's name belongs to a data set's layout (images, annotations, train_masks),
     so that it is no class."""
     words = words_of(name)
-    if "".join(words) in LAYOUT:  # ground_truth, image_sets
+    if LAYOUT.fullmatch("".join(words)):  # ground_truth, image_sets
         return True
-    says = any(word in LAYOUT or word in SPLITS for word in words)
-    return says and all(word in LAYOUT or word in BESIDE or word in SPLITS for word in words)
+    says = any(word in SPLITS or LAYOUT.fullmatch(word) for word in words)
+    return says and all(map(_says_nothing, words))
+
+
+def _says_nothing(word: str) -> bool:
+    """Whether a word is no class's."""
+    return bool(word in SPLITS or BESIDE.fullmatch(word) or LAYOUT.fullmatch(word))
