@@ -46,7 +46,7 @@ def find(path: Path) -> dict[str, Path]:
     if splits:
         others = [folder.name for folder in inside if folder not in splits.values()]
         if others:
-            first = next(iter(splits.values()))
+            first = splits.get("train") or next(iter(splits.values()))
             raise UserError(
                 f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
                 f"folders: give --dataset_name {first}, or move {others[0]} elsewhere"
@@ -79,6 +79,9 @@ def _no_classes(path: Path, inside: list[Path]) -> str:
         listed = [file.relative_to(path) for file in others if by_suffix[file.suffix] <= 3]
         many = [f"{n} *{suffix}" for suffix, n in by_suffix.items() if n > 3]
         text += f"Beside them: {', '.join([*map(str, listed[:8]), *many])}. "
+    never = [f.name for f in inside if f.name in splits_among([f.name]) or is_layout(f.name)]
+    if len(never) < len(inside):
+        text += f"{never[0]} is no name of a class: if it is one, call it otherwise. "
     deeper = [folder for folder in inside if _class_root(folder)]
     if len(deeper) == 1:
         name = deeper[0].name

@@ -14,7 +14,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from data import coco, flowers, folders, scenes, tables, unread, voc, yolo
+from data import coco, files, flowers, folders, scenes, tables, unread, voc, yolo
 from data.errors import UserError
 from data.published import published
 from data.rows import Row, SplitRows
@@ -134,6 +134,8 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
         return "hub", {}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return "tables", tables.find(path)
+    if not path.is_dir():
+        files.regular(path)
     annotations = coco.find(path)
     if path.is_file():
         if annotations or path.suffix in tables.SUFFIX:
@@ -142,7 +144,7 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             return "yolo", splits
         raise UserError(unread.what_it_is(path))
     found = tables.find(path)
-    strong = {file for files in found.values() for file in files if file.suffix != ".csv"}
+    strong = {file for those in found.values() for file in those if file.suffix != ".csv"}
     if annotations and strong:
         raise UserError(
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
