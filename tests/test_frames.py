@@ -12,7 +12,7 @@ from data.scenes import rows as scenes
 from models.processor import Processor
 from rewards.boxes import read_boxes, read_grounding
 from rewards.coco import average_precision
-from rewards.frames import FRAMES, Frames, convert_solution, guess_frame
+from rewards.frames import FRAMES, Frames, convert_solution
 from tests.runs import CHECKPOINT, SHORT, Checked, data_of, read_lines, said, save_turned
 
 MAX_PIXELS = 100 * 28 * 28
@@ -106,17 +106,9 @@ def test_what_is_kept_and_what_is_refused_in_converting():
         convert_solution("<answer>[{'Position': [1, 2, 3]}]</answer>", *frames)
 
 
-def test_the_frame_of_solutions_is_guessed_from_their_coordinates_alone():
-    assert guess_frame([boxes((0, 0, 1000, 900)), "No Objects"]) == "thousandths"
-    assert guess_frame([boxes((0, 0, 9, 9)), boxes((0, 0, 1000.5, 900))]) == "pixels"
-    assert guess_frame(['[{"bbox_2d": [0, 0, 9, 9], "label": "bus 2000"}]']) == "thousandths"
-    assert guess_frame([grounding(1, 2, 1003, 4)]) == "pixels"
-    assert guess_frame([]) == "thousandths"
-
-
 def task_of(row, processor, **flags) -> train_det.Task:
     config = train_det.Config(dataset_name="d", **flags)
-    return train_det.read_task(config, data_of(Checked([row]), [], processor=processor), [])
+    return train_det.read_task(config, data_of(Checked([row]), processor=processor), [])
 
 
 @pytest.mark.parametrize("data_frame", FRAMES)
