@@ -53,8 +53,8 @@ class Guess:
     reason: str = ""
 
     def __str__(self) -> str:
-        how = "" if self.sure else "guessed, "
-        return f"{self.frame} by --data_frame auto: {how}{self.reason}" if self.reason else ""
+        how = "by" if self.sure else "guessed by"
+        return f"{self.frame} {how} --data_frame auto: {self.reason}" if self.reason else ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def weigh(found: list[_Boxes]) -> Guess:
     if min(margin("resized", frame), margin("resized", rival)) >= SURE:
         frame, rival = "resized", frame
     if asked := [name for name in FRAMES if most("words", name)]:
-        doubt = f", though the boxes lie as {frame}" * (margin(frame, asked[0]) >= SURE)
+        doubt = f", though boxes lie as {frame} would" * (margin(frame, asked[0]) >= SURE)
         return Guess(asked[0], sure=True, reason=f"the problems say so{doubt}")
     out = [b for b in found if b.outside(rival) and not b.outside(frame)]
     sure = margin(frame, rival) >= SURE and bool(out or clues[frame])
@@ -155,8 +155,10 @@ def weigh(found: list[_Boxes]) -> Guess:
     if most("form", frame):
         reasons.append("they are in a form that counts thousandths by origin")
     if not out:
+        fit = sum(not b.outside(frame) for b in found)
         hardly = ", but would hardly all lie so" * (fits(frame, rival) >= SURE)
-        reasons.append(f"all boxes fit {rival}, too{hardly}")
+        both = f"boxes of {fit} of {len(found)} rows fit it, and {rival}, too{hardly}"
+        reasons.append(both if fit else f"no row's boxes fit it, nor {rival}")
     return Guess(frame, sure, "; ".join(reasons))
 
 

@@ -10,11 +10,14 @@ import ast
 import json
 import re
 from dataclasses import dataclass, replace
+from math import inf
 
 from data.errors import UserError
 from rewards.boxes import (
     NOTHING,
     are_no_objects,
+    corners_of,
+    first_fault,
     four_numbers,
     grounding_text,
     looks_like_boxes,
@@ -25,11 +28,12 @@ from rewards.boxes import (
     true_answer,
 )
 
-LONGEST = 100_000  # characters of a solution that are looked into
+LONGEST = 50_000  # characters of a solution that are looked into
+FARTHEST = 1e6  # thousandths or pixels
+SEARCHED = 2000  # of a class: no name comes near it
 READ = (
     "one box is read as <answer>(101,201),(350,666)</answer>, several as "
-    "<answer>[{'Position': [101, 201, 350, 666], 'Confidence': 1.0}, ...]</answer>, a class by its "
-    "name alone"
+    "<answer>[{'Position': [101, 201, 350, 666], 'Confidence': 1.0}, ...]</answer>"
 )
 
 # Tags around a box and around its name: Qwen-VL's, Qwen2-VL's, InternVL's and DeepSeek-VL2's.
@@ -38,6 +42,7 @@ _BOX_TAG = re.compile(
     r"|<\|det\|>(.*?)<\|/det\|>",
     re.DOTALL,
 )
+_TAG_ENDS = ("<|box_end|>", "</box>", "</bbox>", "<|/det|>")  # without one, a search takes long
 _NAME_TAG = re.compile(
     r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>|<ref>(.*?)</ref>|<\|ref\|>(.*?)<\|/ref\|>",
     re.DOTALL,
@@ -54,18 +59,15 @@ _CORNER_KEYS = (
 _N = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _KEY_AND_NUMBER = re.compile(rf"([a-z]\w*)\s*[:=]\s*({_N})", re.IGNORECASE)
 _KEYED = re.compile(rf"(?:[a-z]\w{{0,9}}\s*[:=]\s*{_N}[\s,;]*){{4}}", re.IGNORECASE)
+_GEMINI = re.compile(r"\bbox_2d\b")
 # What is boxes, or another place in the image, but not in a notation that is read.
 _UNREAD = {
-    "box_2d, which Gemini writes with y before x: write bbox_2d with x1, y1, x2, y2": r"\bbox_2d\b",
     "PaliGemma's <loc> tokens, which count 1024ths with y before x": r"<loc\d+>",
     "Florence-2's <loc_> tokens": r"<loc_\d+>",
     "Kosmos-2's <patch_index_> tokens": r"<patch_index_\d+>",
     "MiniGPT's boxes, which count hundredths": r"\{<\d+><\d+><\d+><\d+>\}",
     "corners of a polygon": r"<\|?quad|[\"'](?:polygon|segmentation)[\"']\s*:",
     "points, not boxes": r"<points?\b|[\"']point(?:s|_2d)?[\"']\s*:",
-    "YOLO's lines, shares of the image around a box's centre": (
-        r"^(?:\s*\d+(?:\s+[01]?\.\d+(?:e-?\d+)?){4,5}\s*$)+"
-    ),
     "boxes with something around them, or with something missing": (
         r"<\|?/?(?:box|bbox|bndbox|det\|)|box_start|box_end|bbox|<x_?min>"
         rf"|[\[(<]\s*{_N}(?:\s*,\s*{_N}){{3}}\s*[\])>]"
@@ -97,7 +99,8 @@ class Reading:
 
     def as_list(self) -> "Reading":
         """The same boxes as a list."""
-        return replace(self, kind="boxes", text=self.listed, listed="")
+        notation = self.notation or "one box"
+        return replace(self, kind="boxes", text=self.listed, listed="", notation=notation)
 
 
 @dataclass(frozen=True)
@@ -117,35 +120,44 @@ def read_solution(solution: str) -> Reading:
 
 
 def _read(solution: str, answer: str) -> Reading:
-    if len(answer) > LONGEST and solution_kind(solution) == "class":
-        return Reading("class", solution)
     if are_no_objects(answer):
         return Reading("boxes", solution)
     if numbers := four_numbers(answer):
+        found = [_Found(list(numbers))]
+        listed = _listed(found) if answer.startswith("[") else ""  # may stand beside lists of lists
         kind = solution_kind(solution)  # one bbox_2d in a list is boxes
-        return _checked(Reading(kind, solution, labels=_labels(answer)), [_Found(list(numbers))])
+        listed = listed if kind == "grounding" else ""
+        return _checked(Reading(kind, solution, listed=listed, labels=_labels(answer)), found)
     if answer.startswith(("[", "{")):
-        parsed = parse_boxes(answer, (float("inf"), float("inf")))
+        parsed = parse_boxes(answer, (inf, inf))
         own_form = not parsed.reason and not parsed.bad and answer[-1] in "]}"
         if own_form and answer.count("{") == len(parsed.boxes):
-            found = [_Found([box.x1, box.y1, box.x2, box.y2]) for box in parsed.boxes]
+            found = [_Found(list(corners)) for corners in corners_of(solution)]
             return _checked(Reading("boxes", solution, labels=_labels(answer)), found)
-    if _BOX_TAG.search(answer):
+    if len(answer) > LONGEST:
+        if solution_kind(solution) == "class":
+            return Reading("class", solution)
+        raise UserError(f"it is longer than {LONGEST} characters")
+    if any(end in answer for end in _TAG_ENDS) and _BOX_TAG.search(answer):
         return _converted(_in_tags(answer), "tags around each box")
     if numbers := _in_a_row(answer):
         return _converted([_Found(four) for four in numbers], "four numbers")
     if _KEYED.fullmatch(answer):
-        corners = {key: float(number) for key, number in _KEY_AND_NUMBER.findall(answer)}
-        return _converted(_in_dict(corners), "four numbers with their names")
-    for name, pattern in _UNREAD.items():
-        if name.startswith("box_2d") and pattern.search(answer):
-            raise UserError(f"it is {name}")
+        named = {key.casefold(): float(n) for key, n in _KEY_AND_NUMBER.findall(answer)}
+        if {"x", "y"} <= named.keys() or any(set(names) == named.keys() for names in _CORNER_KEYS):
+            return _converted(_in_dict(named), "four numbers with their names")
+    if _GEMINI.search(answer):
+        raise UserError(
+            "it has box_2d, which Gemini writes with y before x: write bbox_2d with x1, y1, x2, y2"
+        )
     value = _value(answer)
-    if isinstance(value, dict | list | tuple):
+    if isinstance(value, dict | list):
         return _of_value(value)
     for name, pattern in _UNREAD.items():
-        if pattern.search(answer):
+        if pattern.search(answer[:SEARCHED]):
             raise UserError(f"it is {name}")
+    if _is_yolo(answer):
+        raise UserError("it is YOLO's lines, shares of the image around a box's centre")
     if looks_like_boxes(answer):
         raise UserError("it is no list of boxes")
     return Reading("class", solution)
@@ -156,9 +168,9 @@ def _of_value(value) -> Reading:
     if isinstance(value, dict) or any(isinstance(item, dict) for item in value):
         items = [value] if isinstance(value, dict) else value
         found = [box for item in items for box in _in_dict(item)]
-        keys = {str(key).casefold() for item in items for key in item}
-        others = keys & {*_BOX_KEYS, *sum(_CORNER_KEYS, ())} - {"position", "bbox_2d"}
-        notation = f"boxes with {', '.join(sorted(others))}" if others else ""
+        known = {*_BOX_KEYS, *sum(_CORNER_KEYS, ())}
+        keys = sorted({str(key).casefold() for item in items for key in item} & known)
+        notation = f"boxes with {', '.join(keys)}"
         return _checked(Reading("boxes", _listed(found), notation, labels=_names(found)), found)
     return _converted([_Found(numbers) for numbers in _lists_of_four(value)], "lists of numbers")
 
@@ -175,14 +187,19 @@ def _converted(found: list[_Found], notation: str) -> Reading:
 
 
 def _checked(reading: Reading, found: list[_Found]) -> Reading:
-    """The reading. Raises UserError if a box's coordinates are all at most 1."""
+    """The reading, with the fault of the first box that is legal in no image.
+
+    Raises UserError if a box's coordinates are all at most 1, or far beyond any image.
+    """
     for box in found:
+        if max(box.corners) > FARTHEST:
+            raise UserError(f"{box.corners} is no place in an image")
         if max(box.corners) <= 1:
             raise UserError(
                 f"{box.corners} is shares of the image (0 to 1): multiply them by 1000 for "
                 f"thousandths, or by its width and height for pixels"
             )
-    return reading
+    return replace(reading, fault=first_fault([box.corners for box in found], (inf, inf)))
 
 
 def _listed(found: list[_Found]) -> str:
@@ -215,6 +232,12 @@ def _four(text: str) -> list[float] | None:
     return numbers_in(re.split(r"\s*[,;]\s*|\s+", text), 4)
 
 
+def _is_yolo(answer: str) -> bool:
+    """Whether each line is a class and four shares of the image."""
+    lines = [numbers_in(line.split(), 5) for line in answer.splitlines()]
+    return all(line and max(line[1:]) <= 1 and min(line[1:]) >= 0 for line in lines)
+
+
 def _in_tags(answer: str) -> list[_Found]:
     """The boxes of a text that holds nothing but tags around boxes and around their names."""
     rest = _NAME_TAG.sub("", _BOX_TAG.sub("", answer))
@@ -242,7 +265,9 @@ def _lists_of_four(value) -> list[list[float]]:
     found = []
     for item in value:
         if isinstance(item, str):
-            raise UserError("it is a list of texts, neither boxes nor one class")
+            raise UserError(
+                "it is a list of texts, neither boxes nor a class, which is its name alone"
+            )
         numbers = item if isinstance(item, list | tuple) and all(map(_is_number, item)) else []
         numbers = numbers_in([str(number) for number in numbers], 4)
         if numbers is None:
@@ -253,8 +278,9 @@ def _lists_of_four(value) -> list[list[float]]:
 
 
 def _is_pairs(item) -> bool:
+    """Whether a list that is no box holds x and y of points, in lists or one after the other."""
     numbers = isinstance(item, list | tuple) and all(map(_is_number, item))
-    return not numbers or (len(item) % 2 == 0 and len(item) != 4)
+    return isinstance(item, list | tuple) and (not numbers or len(item) % 2 == 0)
 
 
 def _is_number(value) -> bool:
@@ -275,7 +301,7 @@ def _in_dict(item) -> list[_Found]:
                 "it is x and y with a width and a height, or of a point: write bbox_2d with "
                 "x1, y1, x2, y2"
             )
-        many = "two boxes in one object" if keys or corners else "no box that is known by its keys"
+        many = "two boxes in one object" if keys or corners else "no key bbox_2d"
         raise UserError(f"{_show(item)} has {many}")
     if corners:
         numbers = [[content[name] for name in corners[0]]]
@@ -291,7 +317,7 @@ def _in_dict(item) -> list[_Found]:
 
 def _value(text: str):
     """What JSON, or a Python literal, holds; None if the text is neither."""
-    if len(text) > LONGEST or not text.startswith(("[", "{", "(")):
+    if not text.startswith(("[", "{")):
         return None
     try:
         return json.loads(text)
