@@ -280,7 +280,9 @@ def _lists_of_four(value) -> list[list[float]]:
 def _is_pairs(item) -> bool:
     """Whether a list that is no box holds x and y of points, in lists or one after the other."""
     numbers = isinstance(item, list | tuple) and all(map(_is_number, item))
-    return isinstance(item, list | tuple) and (not numbers or len(item) % 2 == 0)
+    return isinstance(item, list | tuple) and (
+        not numbers or (len(item) != 4 and len(item) % 2 == 0)
+    )
 
 
 def _is_number(value) -> bool:
