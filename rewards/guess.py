@@ -145,8 +145,9 @@ def weigh(found: list[_Boxes]) -> Guess:
     if min(margin("resized", frame), margin("resized", rival)) >= SURE:
         frame, rival = "resized", frame
     if asked := [name for name in FRAMES if most("words", name)]:
-        doubt = f", though boxes lie as {frame} would" * (margin(frame, asked[0]) >= SURE)
-        return Guess(asked[0], sure=True, reason=f"the problems say so{doubt}")
+        doubt = margin(frame, asked[0]) >= SURE
+        reason = f"the problems say so{f', though boxes lie as {frame} would' * doubt}"
+        return Guess(asked[0], sure=not doubt, reason=reason)
     out = [b for b in found if b.outside(rival) and not b.outside(frame)]
     sure = margin(frame, rival) >= SURE and bool(out or clues[frame])
     sure = sure and (frame == "resized" or margin("resized", frame) <= 0)

@@ -141,7 +141,7 @@ GUESSED = {
     "words": (IN_640, {"problem": "Box (0-1000)?"}, "thousandths", True, "the problems say so"),
     "words for pixels": (IN_640, {"problem": "pixel coordinates"}, "pixels", True, "say so"),
     "words for two": (IN_1000, {"problem": "640x480 pixels; thousandths"}, "thousandths", True, ""),
-    "words against boxes": (IN_1000, {"problem": "in pixels"}, "pixels", True, "as thousandths"),
+    "words against boxes": (IN_1000, {"problem": "in pixels"}, "pixels", False, "as thousandths"),
     "above 1000": (["[9, 9, 1500, 900]"] * 3, LARGE, "pixels", True, "first row 0 with [9, 9, 15"),
     "one typo, numbers": (
         [*["[500, 500, 900, 900]"] * 3, "[500, 500, 1001, 900]"],
