@@ -163,7 +163,8 @@ def as_text(value):
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, list | dict) or (isinstance(value, int | float) and math.isfinite(value)):
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if is_number or isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return value
 

@@ -106,8 +106,7 @@ def guess_frame(rows, resized: Callable) -> Guess:
         if corners := corners_of(row.solution):
             size = rows.sizes[row.index][0] if rows.sizes else row.size
             frames = frames_of(size, resized)
-            declared = row.declared and tuple(map(float, row.declared))
-            columns = next((n for n in ("pixels", "resized") if frames[n] == declared), "")
+            columns = next((n for n in ("pixels", "resized") if frames[n] == row.declared), "")
             form = "thousandths" if _IN_THOUSANDTHS.search(row.found) else ""
             words = asked_for(row.problem)
             found.append(_Boxes(row.index, corners, frames, words, columns, form))

@@ -44,8 +44,8 @@ _BOX_TAG = re.compile(
 )
 _TAG_ENDS = ("<|box_end|>", "</box>", "</bbox>", "<|/det|>")  # without one, a search takes long
 _NAME_TAG = re.compile(
-    r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>|<ref>(.*?)</ref>|<\|ref\|>(.*?)<\|/ref\|>",
-    re.DOTALL,
+    r"<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>|<ref>([^<]*)</ref>"
+    r"|<\|ref\|>([^<]*)<\|/ref\|>"
 )
 _LABEL = re.compile(r"""["'](?:label|category|name|class)["']\s*:\s*["']([^"']*)["']""")
 _NAME_KEYS = ("label", "category", "name", "class")
