@@ -9,7 +9,7 @@ here: conversations of several questions, which are refused.
 import json
 
 from data.errors import UserError
-from data.rows import IMAGE_COLUMNS, PLACEHOLDER
+from data.rows import IMAGE_COLUMNS, PLACEHOLDER, as_text
 
 COLUMNS = ("messages", "conversations", "prompt")
 SOLUTIONS = ("solution", "answer", "ground_truth")
@@ -138,10 +138,9 @@ def _text(turn: dict, images: list) -> str:
 
 
 def _as_text(value) -> str:
-    """Numbers and lists of boxes as JSON; None as nothing."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value)
+    """Text as it is, numbers and lists of boxes as JSON; None, NaN and the like as nothing."""
+    text = as_text(value)
+    return text if isinstance(text, str) else ""
 
 
 def _without_leading(problem: str) -> str:

@@ -8,6 +8,8 @@ data/load.py tells the forms apart; data/check.py checks every row. Not here: wh
 import base64
 import binascii
 import hashlib
+import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +42,8 @@ class Row:
     data/check.py checks that they are images and texts at all. fault: why no row could be made of
     what the file holds, "" if one could. coco: of a row from a COCO file, what belongs to it there:
     image_id, category_id, category (its name), annotations (COCO's own dicts, bbox in pixels), and
-    size (width, height in pixels, as the file says).
+    size (width, height in pixels, as the file says). declared: the row's columns width and height,
+    None if it has none. found: the solution as found, where it was read as another text.
     """
 
     index: int
@@ -49,6 +52,8 @@ class Row:
     solution: str
     fault: str = ""
     coco: dict | None = field(default=None, compare=False)
+    declared: tuple | None = field(default=None, compare=False)
+    found: str = field(default="", compare=False)
 
     @property
     def where(self) -> str:
@@ -87,7 +92,8 @@ class SplitRows(Sequence):
     of images that are not where their names say (data/places.py).
     Set by data/load.py: name, the data set and the split, for messages; wording, as `load` got it.
     Set by data/check.py: sizes, (width, height) in pixels of each row's images; faults;
-    image_keys, the content hashes of all images.
+    image_keys, the content hashes of all images; solutions, by row those that were in another
+    notation, in our own form.
     """
 
     def __init__(self, rows, folder: Path, convert: Callable[[dict], dict] | None = None):
@@ -98,6 +104,7 @@ class SplitRows(Sequence):
         self.stated_frame: str | None = None
         self.sizes: list[list[tuple[int, int]]] = []
         self.faults: list[Fault] = []
+        self.solutions: dict[int, str] = {}
         self.image_keys: set[str] = set()
 
     def __len__(self) -> int:
@@ -108,17 +115,18 @@ class SplitRows(Sequence):
         row = self.rows[index]
         if not isinstance(row, dict):  # a row of an arrow table
             row = row.to_pylist()[0]
+        size = row.get("width"), row.get("height")
+        declared = size if all(isinstance(side, int | float) for side in size) else None
         row = self.convert(row) if self.convert else row
         images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), ())
         images = images if isinstance(images, list | tuple) else (images,)
         images = tuple(self._image(image) for image in images)
-        solution = row.get("solution")
-        if isinstance(solution, list) and all(isinstance(n, int | float) for n in solution):
-            solution = str(solution)  # a box, as some sets for grounding have it
+        solution = as_text(row.get("solution"))
         if isinstance(solution, str) and (thought := THOUGHT.match(solution)):
             solution = solution[thought.end() :]
         problem, fault, coco = row.get("problem"), row.get("fault", ""), row.get("coco")
-        return Row(index, images, problem, solution, fault=fault, coco=coco)
+        found, solution = solution, self.solutions.get(index, solution)
+        return Row(index, images, problem, solution, fault, coco, declared, found)
 
     def first(self, count: int | None) -> list[Row]:
         """The first `count` rows; None or 0: all of them."""
@@ -152,6 +160,19 @@ class SplitRows(Sequence):
         if re.match(r"\w+://", image):
             return self.folder / image[7:] if image.startswith("file://") else image
         return self.folder / image
+
+
+def as_text(value):
+    """A solution that is a number, true or false, a list or an object, as JSON; 3.0 as 3.
+
+    Anything else is returned as it is: None, NaN and the like are no answers.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if is_number or isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value
 
 
 def _decoded(uri: str) -> bytes | str:

@@ -5,19 +5,21 @@ image's lower right corner; images are upright, as EXIF says. Solutions are conv
 to another; a data set's own prompt is never changed.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from data.errors import UserError
-from rewards.boxes import POSITION, Box, read_boxes, read_grounding, solution_kind
-
-FRAMES = {
-    "thousandths": "thousandths of the image",
-    "pixels": "pixels of the image",
-    "resized": "pixels of the resized image",
-}
+from rewards.boxes import (
+    OUTSIDE,
+    Box,
+    grounding_text,
+    position_text,
+    read_boxes,
+    read_grounding,
+    solution_kind,
+)
+from rewards.guess import FRAMES, frames_of, guess_frame
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,28 @@ class Frames:
     """Which of FRAMES a data set's solutions are in, and which one answers must be in.
 
     taught: the one that the model was taught to answer in. resized: a function, (width, height) of
-    an image in pixels -> (width, height) at which the model sees it.
+    an image in pixels -> (width, height) at which the model sees it. why: what the frame of
+    solutions was guessed from, "" if --data_frame or the form of the data says it.
     """
 
     solutions: str
     answers: str
     taught: str = field(repr=False)
     resized: Callable = field(repr=False)
+    why: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
         converted = "" if self.solutions == self.answers else ", converted"
         return (
             f"solutions count {FRAMES[self.solutions]}{converted}; answers must count "
             f"{FRAMES[self.answers]} (this model was taught {FRAMES[self.taught]})"
+            + f"\n          {self.why}"
+            * bool(self.why)
         )
 
     def of(self, row) -> dict[str, tuple[float, float]]:
         """(width, height) of each of FRAMES, by name, for the row's image."""
-        sizes = ((1000, 1000), row.size, self.resized(*row.size))
-        return {name: (float(w), float(h)) for name, (w, h) in zip(FRAMES, sizes, strict=True)}
+        return frames_of(row.size, self.resized)
 
     def answer(self, row) -> tuple[float, float]:
         """(width, height) of the frame that an answer to the row must be in."""
@@ -53,7 +58,11 @@ class Frames:
         """The row's solution, converted to the frame of answers. Raises UserError as
         `convert_solution`."""
         frames = self.of(row)
-        return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
+        try:
+            return convert_solution(row.solution, frames[self.solutions], frames[self.answers])
+        except UserError as error:
+            why = f" ({self.why})" if self.why and OUTSIDE in str(error) else ""
+            raise UserError(f"{error}{why}") from error
 
     def described(self, sizes: Iterable[tuple[int, int]]) -> dict:
         """What `frame_of` needs to know, for JSON.
@@ -76,34 +85,39 @@ def frame_of(described: dict, size: tuple[int, int]) -> tuple[float, float] | No
     return frames.get(described.get("answers"))
 
 
-def choose_frames(config, rows, processor) -> Frames:
-    """The frames by --data_frame and --box_frame.
+def choose_frames(config, splits, processor) -> Frames:
+    """The frames of the rows to train on and of those held out, by --data_frame and --box_frame.
 
-    With "auto" the frame of solutions is guessed, and answers are in the same frame, as that is
-    what a data set's own prompts ask for. Prompts that are made here (data/wording.py) ask for
-    rows.asked_frame, and their solutions are in pixels. Raises UserError if --data_frame says
-    otherwise.
+    With "auto" the frame of solutions is guessed (rewards/guess.py), and answers are in the same
+    frame, as that is what a data set's own prompts ask for. Prompts that are made here
+    (data/wording.py) ask for rows.asked_frame, and their solutions are in pixels. Raises UserError
+    if --data_frame says otherwise, if --box_frame converts what is only guessed, or if the splits
+    count differently.
     """
-    if rows.asked_frame:
+    train = splits[0]
+    taught, resized = processor.answers_in, processor.resized
+    if train.asked_frame:
         if config.data_frame not in ("auto", "pixels"):
-            raise UserError(f"--data_frame {config.data_frame}: {rows.name} counts pixels")
-        return Frames("pixels", rows.asked_frame, processor.answers_in, processor.resized)
-    solutions = config.data_frame
-    if solutions == "auto":
-        solutions = guess_frame(row.solution for row in rows.sound)
-    answers = solutions if config.box_frame == "auto" else config.box_frame
-    return Frames(solutions, answers, processor.answers_in, processor.resized)
-
-
-def guess_frame(solutions: Iterable[str]) -> str:
-    """ "pixels" if a coordinate in any of these solutions is above 1000, else "thousandths"."""
-    largest = 0.0
-    for text in solutions:
-        positions = [p for part in re.split(r"[{}]", text) for p in POSITION.findall(part)]
-        for position in positions or [text]:  # one box as (x1,y1),(x2,y2) has no key
-            numbers = re.findall(r"\d+(?:\.\d+)?", position)
-            largest = max(largest, *map(float, numbers), 0.0)
-    return "pixels" if largest > 1000 else "thousandths"
+            raise UserError(f"--data_frame {config.data_frame}: {train.name} counts pixels")
+        return Frames("pixels", train.asked_frame, taught, resized)
+    frame, why = config.data_frame, ""
+    if frame == "auto":
+        guesses = [guess_frame(rows, resized) for rows in splits if len(rows)]
+        guess, other = guesses[0] if guesses[0].reason else guesses[-1], guesses[-1]
+        if guess.frame != other.frame and (other.sure or not guess.sure):
+            raise UserError(
+                f"the splits differ: boxes in {FRAMES[guess.frame]} to train on, in "
+                f"{FRAMES[other.frame]} held out ({guess}; held out: {other}); say what both count "
+                f"with --data_frame"
+            )
+        if config.box_frame not in ("auto", guess.frame) and guess.reason and not guess.sure:
+            raise UserError(
+                f"--box_frame {config.box_frame} converts solutions, and what they count is only "
+                f"guessed ({guess}); say it: --data_frame {' or '.join(FRAMES)}"
+            )
+        frame, why = guess.frame, str(guess)
+    answers = frame if config.box_frame == "auto" else config.box_frame
+    return Frames(frame, answers, taught, resized, why)
 
 
 @lru_cache(maxsize=4096)  # a solution is read once per completion and term
@@ -116,19 +130,16 @@ def convert_solution(
     The same text if the frames are the same or it has no boxes. Raises UserError as `read_boxes`
     and `read_grounding`.
     """
-    if source == target:
+    grounding = solution_kind(solution) == "grounding"
+    boxes = [read_grounding(solution, source)] if grounding else read_boxes(solution, source)
+    if source == target or not boxes:
         return solution
     across, down = target[0] / source[0], target[1] / source[1]
 
-    def corners(box: Box) -> list[str]:
-        scaled = (box.x1 * across, box.y1 * down, box.x2 * across, box.y2 * down)
-        return [f"{x:.9f}".rstrip("0").rstrip(".") for x in scaled]
+    def corners(box: Box) -> tuple[float, ...]:
+        return box.x1 * across, box.y1 * down, box.x2 * across, box.y2 * down
 
-    if solution_kind(solution) == "grounding":
-        x1, y1, x2, y2 = corners(read_grounding(solution, source))
-        return f"<answer>({x1},{y1}),({x2},{y2})</answer>"
-    boxes = [
-        f"{{'Position': [{', '.join(corners(box))}], 'Confidence': {box.confidence}}}"
-        for box in read_boxes(solution, source)
-    ]
-    return f"<answer>[{', '.join(boxes)}]</answer>" if boxes else solution
+    if grounding:
+        return grounding_text(corners(boxes[0]))
+    elements = [position_text(corners(box), box.confidence) for box in boxes]
+    return f"<answer>[{', '.join(elements)}]</answer>"

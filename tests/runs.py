@@ -121,6 +121,10 @@ class Checked(list):
     def sound(self) -> list:
         return list(self)
 
+    @property
+    def sizes(self) -> dict:
+        return {row.index: [row.size] for row in self}
+
 
 def data_of(*splits, processor=None, answer_format="think") -> SimpleNamespace:
     """What `read_task` looks at."""

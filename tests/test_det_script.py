@@ -72,10 +72,10 @@ def test_average_precision_in_pixels_and_thousandths(tmp_path):
     assert results[0]["bbox"] == pytest.approx([9, 4, 63, 34])
     config = train_det.Config(dataset_name="d")
     task = train_det.read_task(config, data_of(examples, processor=PROCESSOR), [])
-    assert task.frames.answers == "thousandths"
-    far = replace(examples[0], solution=examples[0].solution.replace("240", "1240"))
+    assert task.frames.answers == "pixels" and "guessed" in task.frames.why
+    far = replace(examples[0], solution=examples[0].solution.replace("240", "940"))
     task = train_det.read_task(config, data_of(Checked([far]), processor=PROCESSOR), [])
-    assert task.frames.answers == "pixels"
+    assert task.frames.answers == "thousandths"
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

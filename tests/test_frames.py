@@ -2,17 +2,21 @@
 
 import json
 from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import train_det
 from data.load import load
+from data.rows import SplitRows
 from data.scenes import rows as scenes
 from models.processor import Processor
 from rewards.boxes import read_boxes, read_grounding
 from rewards.coco import average_precision
-from rewards.frames import FRAMES, Frames, convert_solution, guess_frame
+from rewards.frames import FRAMES, Frames, convert_solution
+from rewards.guess import guess_frame
 from tests.runs import CHECKPOINT, SHORT, Checked, data_of, read_lines, said, save_turned
 
 MAX_PIXELS = 100 * 28 * 28
@@ -106,17 +110,129 @@ def test_what_is_kept_and_what_is_refused_in_converting():
         convert_solution("<answer>[{'Position': [1, 2, 3]}]</answer>", *frames)
 
 
-def test_the_frame_of_solutions_is_guessed_from_their_coordinates_alone():
-    assert guess_frame([boxes((0, 0, 1000, 900)), "No Objects"]) == "thousandths"
-    assert guess_frame([boxes((0, 0, 9, 9)), boxes((0, 0, 1000.5, 900))]) == "pixels"
-    assert guess_frame(['[{"bbox_2d": [0, 0, 9, 9], "label": "bus 2000"}]']) == "thousandths"
-    assert guess_frame([grounding(1, 2, 1003, 4)]) == "pixels"
-    assert guess_frame([]) == "thousandths"
+def rows_of(solutions, size=(640, 480), problem="Find it", **columns) -> SplitRows:
+    table = [{"problem": problem, "solution": solution, **columns} for solution in solutions]
+    rows = SplitRows(table, Path())
+    rows.sizes = [[size]] * len(rows)
+    return rows
+
+
+def half(w: int, h: int) -> tuple[int, int]:
+    return w // 2, h // 2
+
+
+def double(w: int, h: int) -> tuple[int, int]:
+    return 2 * w, 2 * h
+
+
+IN_640 = ["[10, 20, 100, 200]", "[5, 300, 600, 400]", "[300, 5, 400, 470]", "[50, 60, 70, 80]"]
+IN_1000 = ["[100, 200, 900, 900]", "[300, 400, 990, 700]", "[1, 2, 3, 4]"]
+LARGE = {"size": (2000, 1500)}
+SIZES = {"width": 640, "height": 480}
+# the rows, what they count, whether that is sure, what it says
+GUESSED = {
+    "all over 1000": (IN_1000, {}, "thousandths", True, "as pixels, 2 of 3 rows reach out of 640"),
+    "all over the image": (IN_640, {}, "pixels", False, "fit it, and thousandths, too"),
+    "at its right edge": ([*IN_640, "[1, 2, 640, 50]"], {}, "pixels", True, "1 rows, first row 4"),
+    "at its lower edge": ([*IN_640, "[1, 2, 64, 479.5]"], {}, "pixels", True, "end at the edge"),
+    "columns": (IN_640, SIZES, "pixels", True, "columns width and height"),
+    "columns of another size": (IN_640, {"width": 64, "height": 48}, "pixels", False, "fit it"),
+    "columns beside thousandths": (IN_1000, SIZES, "thousandths", True, "as pixels, 2 of 3"),
+    "words": (IN_640, {"problem": "Box (0-1000)?"}, "thousandths", True, "the problems say so"),
+    "words for pixels": (IN_640, {"problem": "pixel coordinates"}, "pixels", True, "say so"),
+    "words for two": (IN_1000, {"problem": "640x480 pixels; thousandths"}, "thousandths", True, ""),
+    "words against boxes": (IN_1000, {"problem": "in pixels"}, "pixels", False, "as thousandths"),
+    "above 1000": (["[9, 9, 1500, 900]"] * 3, LARGE, "pixels", True, "first row 0 with [9, 9, 15"),
+    "one typo, numbers": (
+        [*["[500, 500, 900, 900]"] * 3, "[500, 500, 1001, 900]"],
+        LARGE, "pixels", False, "1 of 4 rows reach out of 1000 x 1000, first row 3 with [500, 500",
+    ),
+    "one typo, Position": (
+        [*[boxes((500, 500, 900, 900))] * 3, boxes((500, 500, 1001, 900))],
+        LARGE, "thousandths", False, "boxes of 3 of 4 rows fit it",
+    ),
+    "one typo, small": (
+        [*[boxes((500, 500, 900, 900))] * 3, boxes((500, 500, 1001, 900))],
+        {}, "thousandths", True, "as pixels, 3 of 4 rows reach out of 640 x 480",
+    ),
+    "a slip beside pixels": ([*IN_640 * 3, "[1, 2, 650, 50]"], {}, "pixels", False, "12 of 13"),
+    "photographs": (IN_1000 * 2, LARGE, "thousandths", False, "fit it, and pixels, too"),
+    "nothing tells": (["[9, 9, 99, 99]"], {"size": (960, 960)}, "thousandths", False, "too"),
+    "fits nothing": (["[9, 9, 1500, 99]"], {}, "thousandths", False, "no row's boxes fit it, nor"),
+    "no boxes": (["No Objects"], {}, "thousandths", False, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_what_solutions_count_is_guessed(name):
+    solutions, about, frame, sure, reason = GUESSED[name]
+    guess = guess_frame(rows_of(solutions, **about), resized=half)
+    assert (guess.frame, guess.sure) == (frame, sure), guess
+    assert reason in str(guess) and ("guessed" in str(guess)) == (bool(reason) and not sure)
+
+
+def test_pixels_of_the_resized_image_are_guessed_if_nothing_else_is_likely():
+    beyond = ["[10, 20, 700, 900]", "[5, 300, 1200, 400]", "[1, 2, 3, 4]"]
+    guess = guess_frame(rows_of(beyond), resized=double)
+    assert (guess.frame, guess.sure) == ("resized", True)
+    assert "of 1000 x 1000, first row 1 with [5, 300, 1200, 400]" in str(guess)
+    inside = [f"[{i}, {i}, {250 + 6 * i}, {150 + 7 * i}]" for i in range(12)]
+    assert guess_frame(rows_of(inside), resized=double).frame == "pixels"
+    assert guess_frame(rows_of(["[10, 20, 641, 80]"] * 3), lambda w, h: (w + 4, h - 4)).frame == (
+        "thousandths"  # one pixel too far is no proof
+    )
+    said = rows_of(inside, problem="in pixels of the resized image")
+    assert guess_frame(said, resized=double).frame == "resized"
+
+
+def task_for(*splits, **flags) -> train_det.Task:
+    processor = SimpleNamespace(answers_in="thousandths", resized=half)
+    config = train_det.Config(dataset_name="d", **flags)
+    return train_det.read_task(config, data_of(*splits, processor=processor), [])
+
+
+def test_what_is_only_guessed_is_not_converted():
+    with pytest.raises(
+        ValueError, match="only guessed .*; say it: --data_frame thousandths or pix"
+    ):
+        task_for(rows_of(IN_640), box_frame="thousandths")
+    for flags in ({"data_frame": "pixels"}, {}):
+        solutions = [*IN_640, "[1, 2, 640, 50]"] if not flags else IN_640
+        task = task_for(rows_of(solutions), box_frame="thousandths", **flags)
+        assert (task.frames.solutions, task.frames.answers) == ("pixels", "thousandths")
+    assert task_for(rows_of(IN_640), box_frame="pixels").frames.answers == "pixels"
+
+
+def test_few_held_out_rows_count_what_the_others_do():
+    few = rows_of(["[10, 20, 100, 200]"], size=(112, 224))
+    assert guess_frame(few, half).frame == "pixels"
+    assert task_for(rows_of(IN_1000), few).frames.solutions == "thousandths"
+    with pytest.raises(
+        ValueError, match="the splits differ: boxes in pixels of the image to train"
+    ):
+        task_for(rows_of(IN_640), rows_of(IN_1000))
+    with pytest.raises(ValueError, match="the splits differ: boxes to train on, grounding held"):
+        task_for(rows_of([boxes((1, 2, 3, 4))]), rows_of(["(1,2),(3,4)"]))
+
+
+def test_a_box_outside_says_what_it_was_taken_for():
+    rows = rows_of([*[boxes((5, 5, 9, 9), (500, 500, 900, 900))] * 3, boxes((1, 2, 1001, 9))])
+    task = task_for(rows)
+    first, last = rows[0], rows[3]
+    first.__dict__["size"] = last.__dict__["size"] = (640, 480)  # as of an image
+    assert task.solution(first) == first.solution
+    with pytest.raises(ValueError) as caught:
+        task.solution(last)
+    assert str(caught.value) == (
+        "box 1 of 1, [1, 2, 1001, 9], is outside its frame, 1000 x 1000 (thousandths by "
+        "--data_frame auto: as pixels, 3 of 4 rows reach out of 640 x 480, first row 0 with "
+        "[500, 500, 900, 900]; they are in a form that counts thousandths by origin)"
+    )
 
 
 def task_of(row, processor, **flags) -> train_det.Task:
     config = train_det.Config(dataset_name="d", **flags)
-    return train_det.read_task(config, data_of(Checked([row]), [], processor=processor), [])
+    return train_det.read_task(config, data_of(Checked([row]), processor=processor), [])
 
 
 @pytest.mark.parametrize("data_frame", FRAMES)

@@ -96,7 +96,7 @@ def test_a_mixture_names_the_first_row_of_each_kind(script, kinds, turned, tmp_p
 )
 def test_a_third_task_is_told_apart_too(kinds, trains, messages):
     """Its kinds need not stand in the table of scripts."""
-    row = SimpleNamespace(index=0, where="a.png", solution="<answer>3</answer>")
+    row = SimpleNamespace(index=0, where="a.png", solution="<answer>3</answer>", found="")
     rows = Checked([row, row])
     argv = ["--most", "5", "--a", "b"]
     if messages is None:
