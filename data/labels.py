@@ -14,7 +14,7 @@ from data.detection import rows_of
 from data.errors import UserError
 from data.folders import about_classes
 from data.images import size_if_known
-from data.rows import IMAGE_COLUMNS, SplitRows
+from data.rows import IMAGE_COLUMNS, SplitRows, as_text
 from data.table import Table
 from data.wording import Wording, check_names
 
@@ -72,11 +72,8 @@ def read_labels(
 
 def class_text(value) -> str:
     """The name of the class that a label's text or number is; "" for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int):
-        return ""
-    return str(value).replace("_", " ").strip()
+    text = as_text(value) if isinstance(value, str | int | float) else ""
+    return text.replace("_", " ").strip() if isinstance(text, str) else ""
 
 
 def read_objects(table: Table, image_column: str, folder: Path, wording: Wording) -> SplitRows:

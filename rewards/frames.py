@@ -101,7 +101,9 @@ def choose_frames(config, splits, processor) -> Frames:
             raise UserError(f"--data_frame {config.data_frame}: {train.name} counts pixels")
         return Frames("pixels", train.asked_frame, taught, resized)
     frame, why = config.data_frame, ""
-    if frame == "auto":
+    if frame == "auto" and train.stated_frame:
+        frame, why = train.stated_frame, f"{train.stated_frame}, as ms-swift's objects count"
+    elif frame == "auto":
         guesses = [guess_frame(rows, resized) for rows in splits if len(rows)]
         guess, other = guesses[0] if guesses[0].reason else guesses[-1], guesses[-1]
         if guess.frame != other.frame and (other.sure or not guess.sure):

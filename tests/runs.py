@@ -115,7 +115,7 @@ def save_turned(upright: Image.Image, orientation: int, path: Path) -> None:
 class Checked(list):
     """Rows as `load_splits` returns them where nothing is wrong."""
 
-    asked_frame, faults, name = None, (), "rows"
+    asked_frame, stated_frame, faults, name = None, None, (), "rows"
 
     @property
     def sound(self) -> list:

@@ -154,6 +154,7 @@ def test_numbers_are_their_text_in_every_table(tmp_path):
     solutions = [3, 2.5, 7.0, True, -1, 10**400]
     texts = ["3", "2.5", "7", "true", "-1", str(10**400)]
     image = {"image": "0.png", "problem": "How many?"}
+    (tmp_path / "0.png").write_bytes(b"is looked for, and not opened")
     rows = [
         {**image, "solution": solution, "width": 10**400, "height": 1} for solution in solutions
     ]
