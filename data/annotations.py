@@ -32,7 +32,7 @@ def sound(
         entry = _with_ids(entry, ("id", "image_id", "category_id"))
         if isinstance(entry, dict):
             entry = entry | {"iscrowd": crowd(entry.get("iscrowd"))}
-            if not entry.get("bbox") and entry.get("segmentation"):
+            if _has_no_area(entry.get("bbox")) and entry.get("segmentation"):
                 box = box_of_mask(entry["segmentation"])
                 entry, from_masks = entry | {"bbox": box}, from_masks + (box is not None)
         annotations.append(entry)
@@ -75,6 +75,11 @@ def _with_ids(entry, names: Sequence[str]):
         return entry
     whole = {n: int(v) for n in names if isinstance(v := entry.get(n), float) and v.is_integer()}
     return entry | whole
+
+
+def _has_no_area(box) -> bool:
+    """Whether there is no box, or one that some tools write for it: zeros."""
+    return not box or (is_box(box) and not (box[2] and box[3]))
 
 
 def _is_of(annotation: dict, images: dict) -> bool:

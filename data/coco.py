@@ -78,10 +78,14 @@ def is_coco(file: Path) -> bool:
         and not file.stem.startswith(OTHER_KINDS)
     ):
         raise UserError(
-            f"{file}: a COCO file without {' and '.join(absent)}, so it does not say where "
-            f"anything is; train on the file that does, instances_train.json or the like"
+            f"{file}: a COCO file without {' and '.join(absent)}, so it does not say what is "
+            f"where; train on the file that does, instances_train.json or the like"
         )
-    return not absent
+    if absent:
+        return False
+    # iNaturalist's files have images, annotations and categories, and say classes alone
+    entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
+    return not entries or any("bbox" in each or "segmentation" in each for each in entries)
 
 
 def begins_with(file: Path, mark: bytes) -> bool:

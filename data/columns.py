@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, SplitRows
+from data.table import Table
 
 # What a row needs -> what others call it. The first that a table has in ViRFT's own name wins.
 IMAGE = (
@@ -103,8 +104,11 @@ def renamed(roles: Roles):
     return lambda row: row | {role: row.get(column) for role, column in pairs}
 
 
-def plain_rows(stored, roles: Roles, folder) -> SplitRows:
-    """Rows in the ViRFT schema, whatever their columns are called."""
-    rows = SplitRows(stored, folder, renamed(roles))
-    rows.notes = list(roles.notes)
+def plain_rows(table: Table, roles: Roles) -> SplitRows:
+    """Rows in the ViRFT schema, whatever their columns are called. roles: of a table that has not
+    these names."""
+    rows = SplitRows(table.stored, table.folder, renamed(roles))
+    used = {*IMAGE_COLUMNS, "problem", "solution", *roles[:4], "width", "height"}
+    others = ", ".join(str(column) for column in table.columns if column not in used)
+    rows.notes = [*roles.notes, *[f"columns that are not used: {others[:200]}"] * bool(others)]
     return rows

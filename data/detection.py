@@ -110,8 +110,10 @@ def _by_pair(annotations: list, images: dict, categories: dict, where) -> dict[t
             found = f"{where}: annotation {annotation.get('id')} is of {what} {number!r:.80}"
             alike = next((other for other in known if str(other) == str(number)), None)
             if is_id(number) and alike is not None:
-                kinds = "text, and" if isinstance(number, str) else "a number, and the text"
-                raise UserError(f"{found}, {kinds} the file has {alike!r}: write both in one way")
+                kind = "text" if isinstance(number, str) else "a number"
+                raise UserError(
+                    f"{found}, {kind}, and the file has {alike!r}: write both in one way"
+                )
             raise UserError(f"{found}, which the file does not have")
         by_pair[pair].append(annotation)
     if not by_pair:
@@ -143,7 +145,8 @@ def _notes(
     if clipped:
         notes.append(f"{clipped} boxes reach out of their image and are clipped to it")
     if unused:
-        notes.append(f"never asked for, as no box is of them: {', '.join(unused)}")
+        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        notes.append(f"never asked for, as no box is of them: {', '.join(unused[:8])}{more}")
     return notes
 
 

@@ -19,8 +19,9 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 SUFFIXES += (".heic", ".heif", ".avif")
 # Stands in the name of a class folder for "/", which no folder has: "Ram C／V Cargo Van".
 SLASH = "\uff0f"
+HIDDEN = (".", "@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN")  # what systems leave behind
 # 001.Black_footed_Albatross, n02085620-Chihuahua
-NUMBERED = re.compile(r"(?:\d+|n\d{8})\s*[.\-_)]\s*(?=\D)")
+NUMBERED = re.compile(r"(?:\d+|n\d{8})\s*[.\-_)]+\s*(?=[^\W\d])")
 WORDNET = re.compile(r"n\d{8}")
 
 
@@ -54,9 +55,35 @@ def find(path: Path) -> dict[str, Path]:
         return {split: roots[folder] for split, folder in splits.items()}
     if len(inside) == 1 and with_photographs(inside[0]):
         return find(inside[0])
-    if any(folder.name in named or is_layout(folder.name) for folder in inside):
-        raise UserError(_no_classes(path, inside))
+    if never := [f for f in inside if f.name in named or is_layout(f.name)]:
+        raise UserError(_no_classes(path, inside, never))
+    _refuse_parents(path, inside)
     return {"train": path} if inside else {}
+
+
+def _refuse_parents(path: Path, classes: list[Path]) -> None:
+    """Raises UserError if all classes hold the same folders, and no photograph beside them: either
+    may be the classes."""
+    if len(classes) < 2:
+        return
+    deeper = [{folder.name for folder in with_photographs(each)} for each in classes]
+    loose = any(is_photograph(f) for each in classes for f in files(each, depth=1))
+    if same := set.intersection(*deeper) if not loose else set():
+        shown, one = ", ".join(sorted(same)[:3]), sorted(same)[0]
+        text = (
+            f"{path}: {classes[0].name}, {classes[1].name} have the same folders in them ({shown})"
+        )
+        if splits_among(same).keys() == same:
+            raise UserError(f"{text}: put the splits above the classes, {one}/{classes[0].name}")
+        todo = (
+            f"put the photographs of each class straight into its folder, {classes[0].name}/1.jpg"
+        )
+        if all(map(is_layout, same)):
+            raise UserError(f"{text}, which are no classes: {todo}")
+        raise UserError(
+            f"{text}, so it is not clear which are the classes. If {shown} are, give "
+            f"--dataset_name {classes[0]}; else {todo}"
+        )
 
 
 def _class_root(split: Path) -> Path | None:
@@ -69,8 +96,11 @@ def _class_root(split: Path) -> Path | None:
     return split if classes else None
 
 
-def _no_classes(path: Path, inside: list[Path]) -> str:
-    """The message for a folder whose folders are no classes: what they are, what lies beside."""
+def _no_classes(path: Path, inside: list[Path], never: list[Path]) -> str:
+    """The message for a folder whose folders are no classes: what they are, what lies beside.
+
+    never: those of them that cannot be classes.
+    """
     found = [f"{folder.name} ({len(photographs(folder))} photographs)" for folder in inside]
     text = f"{path}: there are no class folders here but {', '.join(found)}. "
     others = [file for file in files(path, depth=2) if not is_photograph(file)]
@@ -79,16 +109,16 @@ def _no_classes(path: Path, inside: list[Path]) -> str:
         listed = [file.relative_to(path) for file in others if by_suffix[file.suffix] <= 3]
         many = [f"{n} *{suffix}" for suffix, n in by_suffix.items() if n > 3]
         text += f"Beside them: {', '.join([*map(str, listed[:8]), *many])}. "
-    never = [f.name for f in inside if f.name in splits_among([f.name]) or is_layout(f.name)]
     if len(never) < len(inside):
-        text += f"{never[0]} is no name of a class: if it is one, call it otherwise. "
+        text += f"{never[0].name} is no name of a class: if it is one, call it otherwise. "
     deeper = [folder for folder in inside if _class_root(folder)]
     if len(deeper) == 1:
         name = deeper[0].name
         return f"{text}If the folders in {name} are classes, give --dataset_name {deeper[0]}"
     return (
         f"{text}Put the photographs of each class into a folder of its name (tulip/1.jpg, "
-        f"rose/1.jpg), or list them in a CSV file with the columns image and label"
+        f"rose/1.jpg), or list them in a CSV file with the columns image and label. Boxes are read "
+        f"from COCO, YOLO or Pascal VOC files (docs/data.md)"
     )
 
 
@@ -179,7 +209,7 @@ def class_names(path: Path) -> dict[Path, str]:
 def beside(path: Path, sources: dict[str, Path]) -> list[str]:
     """Names of what lies in `path` and is not used: neither a class nor on the way to one."""
     used = set(sources.values()) | {above for root in sources.values() for above in root.parents}
-    inside = [p for p in path.iterdir() if not p.name.startswith(".") and p not in used]
+    inside = [p for p in path.iterdir() if not p.name.startswith(HIDDEN) and p not in used]
     if path in sources.values():
         inside = [p for p in inside if not (p.is_dir() and has_photograph(p))]
     return sorted(p.name for p in inside)
@@ -188,7 +218,7 @@ def beside(path: Path, sources: dict[str, Path]) -> list[str]:
 def folders(path: Path) -> list[Path]:
     """The folders in `path` that are not hidden, sorted; none if it is no folder."""
     inside = path.iterdir() if path.is_dir() else ()
-    return sorted(f for f in inside if f.is_dir() and not f.name.startswith("."))
+    return sorted(f for f in inside if f.is_dir() and not f.name.startswith(HIDDEN))
 
 
 def with_photographs(path: Path) -> list[Path]:
@@ -222,5 +252,5 @@ def _walk(path: Path, depth: int = 99) -> Iterator[Path]:
         again = real in visited  # a link to a folder above
         visited.add(real)
         deep = len(Path(folder).relative_to(path).parts) + 1 < depth
-        inside[:] = [name for name in inside if name[0] != "." and deep and not again]
+        inside[:] = [name for name in inside if not name.startswith(HIDDEN) and deep and not again]
         yield from (Path(folder, name) for name in names if name[0] != "." and not again)

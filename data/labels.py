@@ -6,7 +6,6 @@ Not here: which column is which (data/columns.py).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from data import annotations
 from data.columns import Roles
@@ -26,15 +25,14 @@ def read_labels(
     table: Table,
     roles: Roles,
     column: str,
-    folder: Path,
     wording: Wording,
     others: Callable[[], list[Table]],
 ) -> SplitRows:
     """Classification: a row's solution is the name of its label, with spaces for underscores.
 
     A label is an index of named classes (`datasets.ClassLabel`), or a text or number that is the
-    name itself; then the classes are those of all splits. folder: what image paths are relative to.
-    others: the tables of the other splits. Raises UserError if two classes have one name, or if
+    name itself; then the classes are those of all splits. others: the tables of the other splits.
+    Raises UserError if two classes have one name, or if
     there is one class only.
     """
     if named := table.class_labels.get(column):
@@ -63,7 +61,7 @@ def read_labels(
         images = {} if image in IMAGE_COLUMNS else {"image": row.get(image)}
         return row | images | {"problem": problem, "solution": solution, "fault": fault}
 
-    rows = SplitRows(table.stored, folder, convert)
+    rows = SplitRows(table.stored, table.folder, convert)
     rows.has_our_prompts = True
     rows.notes = [f"{len(names)} classes, {len(table)} photographs: {', '.join(names)}"]
     rows.notes += [*roles.notes, *about_classes(names)]
@@ -76,7 +74,7 @@ def class_text(value) -> str:
     return text.replace("_", " ").strip() if isinstance(text, str) else ""
 
 
-def read_objects(table: Table, image_column: str, folder: Path, wording: Wording) -> SplitRows:
+def read_objects(table: Table, image_column: str, wording: Wording) -> SplitRows:
     """Detection: `objects` has for each image lists of boxes and of their categories.
 
     The table is turned into the content of a COCO file, and read as one. Boxes are taken for
@@ -92,7 +90,7 @@ def read_objects(table: Table, image_column: str, folder: Path, wording: Wording
             if names and not 0 <= category < len(names):
                 raise UserError(f"row {i}: category {category}, and there are {len(names)}")
             annotated.append((i, list(box), category))
-    sizes = _sizes(table, image_column, folder)
+    sizes = _sizes(table, image_column)
     corners = wording.corners
     if corners is None:
         placed = [(box, sizes[i]) for i, box, _ in annotated]
@@ -101,7 +99,7 @@ def read_objects(table: Table, image_column: str, folder: Path, wording: Wording
     images = [_entry(table, image_column, i, sizes[i]) for i in range(len(table))]
     content = _content(images, annotated, corners, names)
     rows = rows_of(content, "objects", wording)
-    rows.folder, rows.corners = folder, corners
+    rows.corners = corners
     form = "two corners" if corners else "x, y, width, height"
     rows.notes.append(f"boxes are taken to be {form}, in pixels")
     return rows
@@ -112,7 +110,7 @@ def has_corners(columns: Sequence[str]) -> bool:
     return set(CORNERS) <= {str(column).lower() for column in columns}
 
 
-def read_corners(table: Table, image_column: str, folder: Path, wording: Wording) -> SplitRows:
+def read_corners(table: Table, image_column: str, wording: Wording) -> SplitRows:
     """Detection: each row is one box of an image, as TensorFlow's CSV files have it, with the
     corners in columns xmin, ymin, xmax, ymax in pixels and the category in `class` or `label`.
 
@@ -134,10 +132,9 @@ def read_corners(table: Table, image_column: str, folder: Path, wording: Wording
     images = [
         {"id": i, "file_name": str(name), "width": size[0], "height": size[1]}
         for name, i in numbers.items()
-        for size in [_size(name, folder)]
+        for size in [_size(name, table)]
     ]
     rows = rows_of(_content(images, annotated, True, None), "the table", wording)
-    rows.folder = folder
     rows.notes.append("boxes are two corners, in pixels")
     return rows
 
@@ -208,18 +205,18 @@ def _image(table: Table, column: str, index: int):
     return image[0] if isinstance(image, list) and len(image) == 1 else image
 
 
-def _sizes(table: Table, column: str, folder: Path) -> list[tuple[int, int]]:
+def _sizes(table: Table, column: str) -> list[tuple[int, int]]:
     """Width and height of each image in pixels: from columns of these names, else from the images
     in `column`."""
     if {"width", "height"} <= set(table.columns):
         sizes = list(zip(table.values("width"), table.values("height"), strict=True))
         if all(isinstance(side, int) for size in sizes for side in size):
             return sizes
-    return [_size(_image(table, column, index), folder) for index in range(len(table))]
+    return [_size(_image(table, column, index), table) for index in range(len(table))]
 
 
-def _size(image, folder: Path) -> tuple[int, int]:
+def _size(image, table: Table) -> tuple[int, int]:
     """Width and height in pixels of an image as a table holds it: a path, bytes or a dict."""
     image = next(iter(image), None) if isinstance(image, list) else image
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-    return size_if_known(folder / image if isinstance(image, str) else image)
+    return size_if_known(table.image_file(image) if isinstance(image, str) else image)

@@ -81,15 +81,23 @@ def read_splits(
     test split.
     """
     train = load(dataset_name, train_split, wording)
+    present = set(splits(dataset_name)) - {train_split}
     if test_split is None:
-        present = set(splits(dataset_name)) - {train_split}
         test_split = next((name for name in ("test", "validation") if name in present), None)
     if test_split and test_share is not None:
         raise UserError(
             f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
         )
     if test_split:
-        held_out = load(dataset_name, test_split, replace(wording, corners=train.corners))
+        try:
+            held_out = load(dataset_name, test_split, replace(wording, corners=train.corners))
+        except UserError as error:
+            raise UserError(
+                f"{error}\n(This is the held-out split {test_split!r}; --dataset_test_split names "
+                f"another)"
+            ) from error
+        if unused := present - {split_of(test_split) or test_split, test_split}:
+            train.notes.append(f"splits that are not used: {', '.join(sorted(unused))}")
         train.notes += _compare_categories(train, held_out)
         train.notes += [f"held out: {line}" for line in held_out.notes]
         return train, held_out
@@ -150,6 +158,11 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             f"{path}: holds COCO annotations and rows in other files; give --dataset_name one of "
             f"the files, such as {next(iter(annotations.values()))}"
         )
+    if annotations and (other := yolo.find(path)):
+        raise UserError(
+            f"{path}: holds COCO annotations and YOLO text files ({', '.join(other)}); give "
+            f"--dataset_name one of the files, such as {next(iter(annotations.values()))}"
+        )
     if annotations:
         return "coco", annotations
     if strong:
@@ -159,16 +172,22 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             return form, splits
     if found:
         return "tables", found
-    benchmark = published(path)
     try:
         if splits := folders.find(path):
             return "folders", splits
+        found = unread.what_it_is(path)
     except UserError as error:
-        raise error if benchmark is None else UserError(_convert(path, benchmark)) from error
-    raise UserError(_convert(path, benchmark) if benchmark else unread.what_it_is(path))
+        found = f"{path}: {tool}" if (tool := unread.tool_of(path)) else str(error)
+    tables_beside = [file for kind in tables.CSV for file in sorted(path.glob(f"*{kind}"))]
+    hints = [tables.why_no_table(file) for file in tables_beside[:2]]
+    raise UserError("\n".join([_convert(path) or found, *hints]))
 
 
-def _convert(path: Path, benchmark: str) -> str:
+def _convert(path: Path) -> str:
+    """The message for a published benchmark in its own layout; "" for anything else."""
+    benchmark = published(path)
+    if benchmark is None:
+        return ""
     return (
         f"{path}: this is {benchmark} in its own layout: make class folders of it with\n"
         f"  python -m data.published {path} {path.name}-classes\n"

@@ -4,6 +4,7 @@ Not here: whether a file is an image (data/check.py).
 """
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,6 +12,7 @@ from urllib.parse import unquote
 from data import files
 from data.splits import is_layout
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 MOST = 500_000  # files that are looked through
 
 
@@ -36,7 +38,7 @@ def place_images(
         turned = folder / name.replace("\\", "/")
         candidates = [turned] if files.fault(turned) == "" else []
         last = last_part(name)
-        below = by_name.get(last.casefold(), [])
+        below = by_name.get(_as_one(last), [])
         candidates = candidates or [path for path in below if path.name == last] or below
         if len(candidates) != 1:
             return folder, {}, []
@@ -53,13 +55,15 @@ def missing(names: Sequence[str], file: Path, folders: Sequence[Path]) -> str:
 
     names, file, folders: as `place_images` took them.
     """
-    below = _files_below(root_of(file)).get(last_part(names[0]).casefold(), [])
+    below = _files_below(root_of(file)).get(_as_one(last_part(names[0])), [])
     text = (
         f"{file}: its first image, {names[0][:200]!r}, is in none of {', '.join(map(str, folders))}"
     )
     if len(below) > 1:
         listed = ", ".join(str(path.relative_to(root_of(file))) for path in below[:3])
         return f"{text}; {len(below)} files below have its name ({listed}): write which one it is"
+    if packed := [p for p in sorted(file.parent.iterdir()) if p.suffix.lower() in ARCHIVES]:
+        return f"{text}. If they are in {packed[0].name}, unpack it"
     name = f"{file.parent.name}/{Path(last_part(names[0])).name}"
     return f"{text}. Put the images beside the file ({name}), or write paths that lead there"
 
@@ -76,18 +80,23 @@ def last_part(name: str) -> str:
     return unquote(name.replace("\\", "/")).replace("\\", "/").rstrip("/").split("/")[-1]
 
 
+def _as_one(name: str) -> str:
+    """Equal for names that differ in capitals, or in how a letter with an accent is coded."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def _is_there(folder: Path, name: str) -> bool:
     return files.fault(folder / name) == ""
 
 
 def _files_below(root: Path) -> dict[str, list[Path]]:
-    """Name in small letters -> the files below `root` that have it; hidden folders are left out."""
+    """Name as by `_as_one` -> the files below `root` that have it; hidden folders are left out."""
     by_name: dict[str, list[Path]] = {}
     count = 0
     for folder, inside, names in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         for name in names:
-            by_name.setdefault(name.casefold(), []).append(Path(folder, name))
+            by_name.setdefault(_as_one(name), []).append(Path(folder, name))
         count += len(names)
         if count > MOST:
             return {}

@@ -17,13 +17,15 @@ SPLITS = {
     "dev": "validation",
 }
 # Words that may stand beside a split in its name: training_set, raw_images, test-part-2.
-BESIDE = re.compile(r"set|split|folder|files|samples|part|new|all|raw|resized")
+BESIDE = re.compile(
+    r"set|split|folder|files|samples|part|new|all|mini|subset|raw|resized|original|augmented|zip"
+)
 # Folders that belong to a data set's layout. The singular of some (mask, photo) may be a class.
 LAYOUT = re.compile(
     r"images?|imgs?|jpe?gs?|jpegimages|pngs?|pics|pictures|photos|photographs|thumbnails|data|"
     r"annotations?|annots?|annos?|anns|labels|labeltxt|lbl|masks|trimaps|segmentations?|depth|"
     r"segmentation(class|object)|groundtruth|gt|bbox(es)?|boundingboxes|xmls?|csv|json|txt|lists|"
-    r"imagesets|splits|datasets?|devkit|attributes|meta(data)?|macosx"
+    r"imagesets|splits|datasets?|devkit|attributes|meta(data)?|(un)?labell?ed"
 )
 
 

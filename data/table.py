@@ -4,13 +4,16 @@ Not here: what the columns are (data/columns.py).
 """
 
 from functools import cached_property
+from pathlib import Path
 
 
 class Table:
-    """rows: a list of dicts, whose columns are the keys of all; or a `datasets.Dataset`."""
+    """rows: a list of dicts, whose columns are the keys of all; or a `datasets.Dataset`. folder:
+    what image paths are relative to. places: the files of images that are elsewhere."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, folder: Path = Path()):  # noqa: B008
+        self.rows, self.folder = rows, folder
+        self.places: dict[str, Path] = {}
         self.is_list = isinstance(rows, list)
 
     def __len__(self) -> int:
@@ -26,6 +29,9 @@ class Table:
     def stored(self):
         """The rows as they are stored, images undecoded."""
         return self.rows if self.is_list else self.rows.with_format("arrow")
+
+    def image_file(self, name: str) -> Path:
+        return self.places.get(name, self.folder / name)
 
     def row(self, index: int) -> dict:
         return self.rows[index] if self.is_list else self.stored[index].to_pylist()[0]

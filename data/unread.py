@@ -8,8 +8,8 @@ from pathlib import Path
 from data import files
 from data.folders import files as files_in
 from data.folders import photographs
+from data.places import ARCHIVES
 
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 BY_SUFFIX = {
     ".arrow": "one file of a save_to_disk folder: give the folder",
     ".mat": "MATLAB: list its labels in a CSV file with the columns image and label",
@@ -44,14 +44,8 @@ def what_it_is(path: Path) -> str:
             f"{path}: tar files, of a webdataset or packed: unpack them (for f in *.tar; do tar xf "
             f"$f; done) and list image and label in a CSV file"
         )
-    for file in inside:
-        if file.suffix == ".json" and (name := _annotation_tool(file)):
-            return f"{path}: {file.relative_to(path)} is {name}"
-    if ".xml" in suffixes:
-        xml = next(file for file in inside if file.suffix.lower() == ".xml")
-        head = _head(xml)
-        if "<annotations" in head:
-            return f"{path}: {xml.relative_to(path)} is CVAT's own XML: export again, as COCO 1.0"
+    if tool := tool_of(path):
+        return f"{path}: {tool}"
     named = next((s for s in (*ARCHIVES, *BY_SUFFIX) if s in suffixes), None)
     if named and not photographs(path):
         file = next(f for f in inside if f.suffix.lower() == named)
@@ -65,6 +59,35 @@ def what_it_is(path: Path) -> str:
         )
     shown = ", ".join(str(file.relative_to(path)) for file in inside[:5])
     return f"{path}: no data set here ({shown}); a data set is {READ}"
+
+
+def tool_of(path: Path) -> str:
+    """Which tool or benchmark wrote the annotations in a folder, and the step; "" if none is
+    known."""
+    inside = files_in(path, depth=4)
+    for suffix, which in ((".json", _annotation_tool), (".xml", _cvat), (".txt", _benchmark)):
+        for file in [file for file in inside if file.suffix.lower() == suffix][:20]:
+            if name := which(file):
+                return f"{file.relative_to(path)} is {name}"
+    return ""
+
+
+def _cvat(file: Path) -> str:
+    is_cvat = "<annotations" in _head(file)
+    return "CVAT's own XML: export again, as COCO 1.0" if is_cvat else ""
+
+
+def _benchmark(file: Path) -> str:
+    """Benchmarks whose boxes are text, by the first line of a file."""
+    first = _head(file).strip().partition("\n")[0]
+    words = first.replace(",", " ").split()
+    if len(words) in (15, 16) and words[0].isalpha():
+        return "KITTI's: write its boxes (columns 5 to 8, corners in pixels) as COCO"
+    if len(words) == 8 and "," in first and all(word.lstrip("-").isdigit() for word in words):
+        return "VisDrone's (x,y,width,height,score,category,...): write it as COCO"
+    if len(words) == 10 and not words[8].isdigit() and words[9].isdigit():
+        return "DOTA's, turned boxes: write the upright box around each as COCO"
+    return ""
 
 
 def _file(file: Path) -> str:
@@ -90,6 +113,8 @@ def _head(file: Path) -> str:
 def _annotation_tool(file: Path) -> str:
     """Which tool wrote a JSON file that is no data set, and the step; "" if none is known."""
     head = _head(file)
+    if not head:
+        return ""
     if '"shapes"' in head and ('"imagePath"' in head or '"flags"' in head):
         return (
             "labelme's: make one COCO file of all (pip install labelme2coco; labelme2coco FOLDER)"
@@ -98,6 +123,8 @@ def _annotation_tool(file: Path) -> str:
         return "VGG Image Annotator's: export the annotations again, as COCO"
     if '"annotations"' in head and '"data"' in head and '"result"' in head:
         return "Label Studio's own JSON: export it again, as COCO for boxes, as CSV for choices"
+    if '"coordinates"' in head and '"image"' in head:
+        return "CreateML's: export again, as COCO, YOLO or Pascal VOC"
     if '"asset"' in head and '"regions"' in head:
         return "VoTT's: export again, as Pascal VOC or COCO"
     if '"dataset_type"' in head or '"objects"' in head and '"classTitle"' in head:

@@ -31,7 +31,9 @@ def find(path: Path) -> dict[str, list[Path]]:
     above = [folder for folder in folders(path) if folder.name.lower() in IN_ANNOTATIONS]
     inner = [folder for annotated in above for folder in folders(annotated)]
     for folder in (*folders(path), *inner):  # train/, or annotations/train/
-        if (split := split_of(folder.name)) and (found := xml_files(folder)):
+        inside = folders(folder)  # train_zip/train/
+        found = xml_files(folder) or (xml_files(inside[0]) if len(inside) == 1 else [])
+        if (split := split_of(folder.name)) and found:
             splits.setdefault(split, []).extend(found)
     if splits:
         return splits

@@ -19,7 +19,7 @@ from data.folders import folders, photographs
 from data.images import size_if_known
 from data.places import last_part
 from data.rows import SplitRows
-from data.splits import split_of
+from data.splits import is_layout, split_of
 from data.wording import Wording
 
 NAME_FILES = ("classes.txt", "obj.names", "*.names", "_darknet.labels", "labels/classes.txt")
@@ -30,6 +30,7 @@ ENTRIES = {"train": "train", "val": "validation", "valid": "validation", "test":
 def find(path: Path) -> dict[str, list[Path]]:
     """Name of a split -> its photographs; nothing if `path` is no YOLO set: a folder, or its YAML
     file."""
+    path = root_of(path)
     settings, file = settings_of(path)
     if path.is_file():
         if file is None:
@@ -48,6 +49,16 @@ def find(path: Path) -> dict[str, list[Path]]:
                     splits.setdefault(split, []).extend(photographs(inner))
     splits = splits or {"train": photographs(path)}
     return splits if any(_is_labelled(p) for those in splits.values() for p in those) else {}
+
+
+def root_of(path: Path) -> Path:
+    """The folder with the YAML file or the names: `path`, or one that alone is in it."""
+    while path.is_dir() and settings_of(path)[1] is None and len(folders(path)) == 1:
+        (inner,) = folders(path)
+        if split_of(inner.name) or is_layout(inner.name) or _names_file(path):
+            break
+        path = inner
+    return path
 
 
 def settings_of(path: Path) -> tuple[dict, Path | None]:
@@ -140,6 +151,7 @@ def read(path: Path, photos: list[Path], wording: Wording) -> SplitRows:
 
     Raises UserError for a line that is no box, a class without a name, or if there is no box.
     """
+    splits, path = find(path), root_of(path)
     root = path.parent if path.is_file() else path
     names, keypoints = class_names(path)
     images, entries, wrong, without = [], [], [], 0
@@ -172,8 +184,9 @@ def read(path: Path, photos: list[Path], wording: Wording) -> SplitRows:
     rows.notes.insert(0, f"read as YOLO: {len(photos)} photographs, boxes in shares of the image")
     if without:
         rows.notes.append(f"{without} photographs have no text file, so nothing is in them")
-    known = {label_file(photo) for photo in photos}
-    beside = [f for folder in {f.parent for f in known} for f in sorted(folder.glob("*.txt"))]
+    known = {label_file(photo) for of_split in splits.values() for photo in of_split}
+    folders_of = {label_file(photo).parent for photo in photos}
+    beside = [f for folder in folders_of for f in sorted(folder.glob("*.txt"))]
     if extra := [f for f in beside if f not in known and _is_labels(f)]:
         rows.notes.append(f"{len(extra)} text files have no photograph, {extra[0].name} the first")
     return rows
@@ -205,6 +218,10 @@ def _box(words: list[str], size: tuple[int, int], keypoints: bool) -> tuple[int,
     return int(category), [x * size[0], y * size[1], width * size[0], height * size[1]]
 
 
+def _names_file(root: Path) -> Path | None:
+    return next((f for name in NAME_FILES for f in sorted(root.glob(name))), None)
+
+
 def class_names(path: Path) -> tuple[list[str], bool]:
     """The classes' names by their numbers, and whether lines have keypoints after their box.
 
@@ -216,7 +233,7 @@ def class_names(path: Path) -> tuple[list[str], bool]:
         names = [names.get(number, str(number)) for number in range(max(names, default=-1) + 1)]
     root = path.parent if path.is_file() else path
     if names is None:
-        listed = next((f for name in NAME_FILES for f in sorted(root.glob(name))), None)
+        listed = _names_file(root)
         if listed is None:
             raise UserError(
                 f"{root}: a YOLO set without its classes' names: write classes.txt with a name on "

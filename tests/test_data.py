@@ -120,7 +120,7 @@ def test_the_real_photographs_are_the_same_in_both_forms():
         ("a.json", "[]", "no rows"),
         ("a.json", "[1]", "row 0"),
         ("a.jsonl", '{"image": 1}\n{]', "line 2"),
-        ("a.json", '[{"picture": "x", "problem": "p"}]', "no column solution; it has"),
+        ("a.json", '[{"picture": 1, "problem": "p"}]', "no column solution; it has"),
         ("a.csv", "image", "no rows"),
         ("a.npz", "image", "NumPy arrays: save each image as PNG"),
     ],

@@ -338,15 +338,66 @@ READ = {
 }  # fmt: skip
 
 
+# As READ; what docs/data.md need not name.
+ALSO = {
+    "what systems leave behind": (
+        lambda f: tree(classes(f, "."), "@eaDir/0.jpg cup/@eaDir/1.jpg __MACOSX/cup/._0.jpg"), CLS,
+        REDS, 2, "2 classes, 6 photographs"),
+    "seg_train/seg_train": (
+        lambda f: classes(f, "seg_train/seg_train", "seg_test/seg_test"), CLS, REDS, 6, None),
+    "WordNet ids before the names": (
+        lambda f: tree(f, "Images/n02085620-Chihuahua/0.jpg Images/n02085782-Pug/1.jpg"), CLS,
+        {"Chihuahua", "Pug"}, 0, None),
+    "COCO files for classes beside class folders": (
+        lambda f: write(classes(f, "train") / "train.json", {
+            "images": IMAGES, "categories": CATEGORIES, "annotations": [
+                {"id": 1, "image_id": 0, "category_id": 1}]}).parent, CLS, REDS, 2, None),
+    "COCO with zeros for a box, and polygons": (
+        lambda f: coco(f, boxes=annotations(bbox=[0, 0, 0, 0], segmentation=[
+            [4, 5, 24, 5, 24, 29, 4, 29]])), DET, FOUND, 1, "those of their segmentations"),
+    "COCO with accents in two codings": (
+        lambda f: (photo(f / "u/Ku\u0308che.jpg"), write(f / "instances.json", {
+            "images": [IMAGES[0] | {"file_name": "K\u00fcche.jpg"}], "categories": CATEGORIES,
+            "annotations": annotations()[:1]}))[1], DET, FOUND, 0, "found by the last part"),
+    "YOLO in a folder of its own name": (
+        lambda f: yolo_apart(f / "a" / "a") and f / "a", DET, FOUND, 4, "read as YOLO"),
+    "YOLO, splits by train.txt": (
+        lambda f: (yolo_beside(f), write(f / "train.txt", "data/x/0.jpg\ndata/x/1.jpg\n"),
+                   write(f / "valid.txt", "data/x/2.jpg\n"))[0], DET, FOUND, 1, "2 photographs"),
+    "Pascal VOC, annotations/train": (
+        lambda f: voc(voc(f, "images/train", "annotations/train"), "images/val", "annotations/val"),
+        DET, FOUND, 4, None),
+    "boxes of a CSV file, photographs below": (
+        lambda f: (photos(f, below="images/train"), write(f / "train.csv",
+                   "filename,class,xmin,ymin,xmax,ymax\n0.jpg,cup,4,5,24,29\n"))[1], DET, FOUND, 0,
+        "found by the last part"),
+    "objects of JSON lines, photographs below": (
+        lambda f: (photos(f, below="pix"), write(f / "rows.jsonl", rows_with(
+            image=FILES, objects={"bbox": [[4, 5, 20, 24]], "category": ["cup"]}), True))[1], DET,
+        FOUND, 1, "found by the last part"),
+    "_annotations.csv in folders of splits": (
+        lambda f: [(photos(f, below=s), write(f / s / "_annotations.csv",
+                   "filename,class,xmin,ymin,xmax,ymax\n0.jpg,cup,4,5,24,29\n"))
+                   for s in ("train", "valid")] and f, DET, FOUND, 1, None),
+    "verl's reward_model": (
+        lambda f: table(f, "rows.jsonl", rows_with(
+            image=FILES, prompt=[[{"role": "user", "content": "?"}]] * 4,
+            reward_model=[{"ground_truth": kind} for kind in KINDS]), True), CLS, TWO, 0, None),
+    "columns that nothing reads": (
+        lambda f: table(f, "rows.json", rows_with(**ASKED, solution=KINDS, options="A, B")), CLS,
+        TWO, 0, "columns that are not used: options"),
+}  # fmt: skip
+
+
 def splits(path, script, **flags):
     config = script.Config(dataset_name=str(path), **flags)
     model = CHECKPOINT if script is train_cls else DETECTION
     return load_splits(config, Processor(model), lambda items, *_: items)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", [*READ, *ALSO])
 def test_what_people_have_is_read(tmp_path, name):
-    build, script, solutions, held_out, note = READ[name]
+    build, script, solutions, held_out, note = (READ | ALSO)[name]
     flags = {"absent_share": 0.0} if script is DET else {}
     rows, other = splits(build(tmp_path / "set"), script, **flags)
     assert not rows.faults and not other.faults
@@ -375,6 +426,27 @@ REFUSED = {
         lambda f: tree(f, "train/0.jpg bus/0.jpg car/0.jpg"), "no class folders here but .*train"),
     "class folders beside masks": (
         lambda f: tree(classes(f, "images"), "masks/0.png"), "folders in images are classes, give"),
+    "trainA and trainB": (
+        lambda f: tree(f, "trainA/0.jpg trainB/1.jpg testA/2.jpg testB/3.jpg"), "no class folders"),
+    "folders above the classes": (
+        lambda f: classes(f, "color", "grey"), "color, grey have the same folders in them \\(cup"),
+    "masks in class folders": (
+        lambda f: tree(f, "cup/images/0.jpg cup/masks/1.jpg jug/images/2.jpg jug/masks/3.jpg"),
+        "which are no classes: put the photographs of each class straight into"),
+    "splits in class folders": (
+        lambda f: tree(f, "cup/train/0.jpg cup/test/1.jpg jug/train/2.jpg jug/test/3.jpg"),
+        "put the splits above the classes, test/cup"),
+    "COCO annotations and YOLO files": (
+        lambda f: coco(yolo_apart(f)).parent, "holds COCO annotations and YOLO text files"),
+    "KITTI": (
+        lambda f: write(tree(f, "training/image_2/0.jpg") / "training/label_2/0.txt",
+                        "Car 0.00 0 1.5 4 5 24 29 1 1 1 1 1 1 1").parents[2], "0.txt is KITTI's"),
+    "a test split without answers": (
+        lambda f: (csv(f, "image,label\n0.jpg,cup\n1.jpg,jug\n", "train.csv"),
+                   csv(f, "image\n2.jpg\n", "test.csv"))[0].parent, "the held-out split 'test'"),
+    "archives beside a table": (
+        lambda f: tree(f, "images.zip") and write(f / "a.csv", "image,label\nx.jpg,cup\n"),
+        "If they are in images.zip, unpack it"),
     "Oxford Pets in its own layout": (
         lambda f: write(tree(f, "images/Grey_Shorthair_0.jpg annotations/trimaps/a.png")
                         / "annotations/list.txt", "Grey_Shorthair_0 1 1 1\n").parent.parent,
