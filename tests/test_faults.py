@@ -37,6 +37,8 @@ from grpo.run import exits, folder
 from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
 from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
+from grpo.run.resume import find_checkpoint
+from grpo.run.seal import sealed
 from models.qwen_vl import QwenVL
 from tests.forked import fork
 from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
@@ -44,6 +46,7 @@ from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.slow
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LONGER = [*SHORT, "--max_steps", "3"]
 MODEL_AND_DATA = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
 
@@ -434,25 +437,83 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     assert timeless(resumed) == timeless(read_steps(whole))
 
 
-DAMAGE = {
-    "state.json": ("null", "not a readable run state"),
-    "model.safetensors": (None, "not a readable safetensors file"),
-    "optimizer/model.safetensors": (None, "not a readable safetensors file"),
-}
+def flip(file: Path) -> None:
+    """Turns one bit over in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path, whole):
-    run = copied(whole, tmp_path / "run", "checkpoint-3")
-    (run / "checkpoint-9").mkdir()  # no checkpoint: nothing in it
-    for name, (text, said) in DAMAGE.items():
-        file = run / "checkpoint-2" / name
-        kept = file.read_bytes()
-        file.write_bytes(kept[: len(kept) // 2] if text is None else text.encode())
-        with pytest.raises(ValueError, match=f"checkpoint-2/{name}: {said}"):
-            train(run, "--resume_from_checkpoint", "auto")
-        file.write_bytes(kept)
-    resumed = train(run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
-    assert timeless(resumed) == timeless(read_steps(whole))
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def foreign(file: Path) -> None:
+    """Another step's, as sound as this one's."""
+    shutil.copyfile(str(file).replace("checkpoint-2", "checkpoint-1"), file)
+
+
+DIFFERS = "not what was saved: its checksum differs"
+DAMAGE = [
+    ("state.json", lambda file: file.write_text("null"), "not a readable run state"),
+    ("state.json", lambda file: file.write_text(file.read_text().replace("0", "1", 1)), DIFFERS),
+    ("state.json", Path.unlink, "missing"),
+    ("state.json", foreign, "of step 1, not 2"),
+    ("model.safetensors", halve, DIFFERS),
+    ("model.safetensors", flip, DIFFERS),
+    ("model.safetensors", foreign, DIFFERS),
+    ("optimizer/model.safetensors", flip, DIFFERS),
+    ("optimizer/model.safetensors", foreign, DIFFERS),
+    ("optimizer/model.safetensors", Path.unlink, "missing"),
+]
+
+
+@pytest.mark.parametrize("name, damage, said", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_hand(
+    tmp_path, whole, name, damage, said
+):
+    run = copied(whole, tmp_path / "run", "checkpoint-3", "final")
+    damage(run / "checkpoint-2" / name)
+    folder, saved, notes = find_checkpoint("auto", run, ALONE)
+    assert folder == run / "checkpoint-1" and saved["step"] == 1
+    (note,) = notes
+    assert note.startswith(f"passed over {run}/checkpoint-2: {run}/checkpoint-2/{name}")
+    assert said in note
+    with pytest.raises(ValueError, match=f"checkpoint-2.*({said}|no state.json)"):
+        find_checkpoint(str(run / "checkpoint-2"), run, ALONE)
+    flip(run / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)no whole checkpoint.*checkpoint-2/.*checkpoint-1/"):
+        find_checkpoint("auto", run, ALONE)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, whole, capsys):
+    """What it passes over is named, and set aside where the run writes its own."""
+    run = copied(whole, tmp_path / "run", "final")
+    flip(run / "checkpoint-2" / "model.safetensors")
+    (run / "checkpoint-3" / "state.json").unlink()
+    (run / "checkpoint-9").mkdir()
+    assert timeless(train(run, "--resume_from_checkpoint", "auto")) == timeless(read_steps(whole))
+    said = capsys.readouterr().out
+    for step in (9, 3, 2):
+        assert f"passed over {run}/checkpoint-{step}: " in said
+    assert f"resumed   {run}/checkpoint-1, step 1" in said
+    aside = sorted(path.name[:22] for path in run.glob("abandoned-*"))
+    assert aside == [f"abandoned-checkpoint-{step}" for step in (2, 3, 9)]
+    for name in ("checkpoint-3/model.safetensors", "final/model.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, whole):
+    run = copied(whole, tmp_path / "run", "checkpoint-3", "final")
+    where = run / "checkpoint-2" / "state.json"
+    state = json.loads(where.read_text())
+    del state["files"], state["sha256"]
+    where.write_text(json.dumps(state))
+    folder, saved, notes = find_checkpoint("auto", run, ALONE)
+    assert folder == run / "checkpoint-2" and saved == state
+    assert notes == [f"unchecked {folder} was made before checkpoints had checksums"]
+    halve(folder / "model.safetensors")  # that is seen all the same
+    assert find_checkpoint("auto", run, ALONE)[0] == run / "checkpoint-1"
 
 
 def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
@@ -497,6 +558,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         train_cls.main([*again, "--max_steps", "2"])
     state = json.loads((run / "checkpoint-1" / "state.json").read_text())
     facts = state["facts"]
+    del state["sha256"]
     for name in (
         "the data set",
         "the held-out rows",
@@ -505,7 +567,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         "the reference model",
     ):
         state["facts"] = facts | {name: "float32:0"}
-        (run / "checkpoint-1" / "state.json").write_text(json.dumps(state))
+        (run / "checkpoint-1" / "state.json").write_text(sealed(state, run / "checkpoint-1"))
         with pytest.raises(ValueError, match=f"{name} is not what the run began with"):
             train_cls.main(again)
 
