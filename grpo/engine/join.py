@@ -31,6 +31,8 @@ def place() -> tuple[int, int, int]:
     rank, world, local = (numbers[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not wrong and not rank < world:
         wrong = f"RANK is {rank} and WORLD_SIZE {given.get('WORLD_SIZE', 'not set')}"
+    if not wrong and world == 1 and local:
+        wrong = f"LOCAL_RANK is {local} and WORLD_SIZE {given.get('WORLD_SIZE', 'not set')}"
     if not wrong and world > 1:
         # a process alone on its node needs no LOCAL_RANK
         missing = [name for name in VARIABLES if name not in given and name != "LOCAL_RANK"]
@@ -44,6 +46,15 @@ def place() -> tuple[int, int, int]:
             f"{' '.join(given)}, for one process. Or start all with torchrun, which sets them"
         )
     return rank, world, local
+
+
+def prints_here() -> bool:
+    """Whether this process prints what every process of its node would, while they cannot agree."""
+    try:
+        _, world, local = place()
+    except UserError:
+        return True
+    return world == 1 or local == 0
 
 
 def attempt_name(starts: int) -> str:

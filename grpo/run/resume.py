@@ -116,12 +116,11 @@ def _check_whole(folder: Path, ranks: Ranks) -> tuple[dict, str | None]:
         )
     files = saved.get(FILES, {})
     mine = ranks.mine(sorted(files))
-    wrong = [
-        name for name, one in zip(mine, hashes(folder, mine), strict=True) if one != files[name]
-    ]
-    wrong = [name for of_rank in ranks.gather([wrong]) for name in of_rank]
-    if wrong:
-        return {}, f"{folder / wrong[0]}: not what was saved: its checksum differs"
+    own = dict(zip(mine, hashes(folder, mine), strict=True))
+    wrong = {name: one for name, one in own.items() if one != files[name]}
+    for name, one in (item for of_rank in ranks.gather([wrong]) for item in of_rank.items()):
+        why = "not what was saved: its checksum differs" if one else "cannot be read"
+        return {}, f"{folder / name}: {why}"
     return saved, None
 
 
