@@ -31,6 +31,7 @@ from benchmarks.soak import soak
 from data.errors import RewardFault, UserError
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
+from grpo.plan import disk
 from grpo.plan.advice import PASSES
 from grpo.plan.plan import Plan
 from grpo.run import exits, folder
@@ -93,6 +94,7 @@ REWARDS = {
     "one too few": (lambda *_: {"accuracy": 1.0}, "score() returned ['accuracy'], where ['acc"),
     "another name": (lambda *_: {"accuracy": 1, "fmt": 1}, "score() returned ['accuracy', 'fmt']"),
     "NaN": (lambda *_: {"accuracy": float("nan"), "format": 1}, "'accuracy' is nan, not a finite"),
+    "exits": (lambda *_: sys.exit(), "SystemExit: sys.exit() was called, for row"),
     "a tensor": (lambda *_: {"accuracy": torch.ones(1), "format": 1}, "'accuracy' is tensor(["),
 }
 
@@ -131,7 +133,10 @@ def test_a_reward_that_fails_in_an_evaluation_keeps_the_step(tmp_path, monkeypat
     assert (run / "final").is_dir()
 
 
-@pytest.mark.parametrize("broken", [raises, lambda *_: None, lambda *_: {"accuracy": None}])
+AT_ONCE = [raises, lambda *_: None, lambda *_: {"accuracy": None}, lambda *_: sys.exit(0)]
+
+
+@pytest.mark.parametrize("broken", AT_ONCE)
 def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
     tmp_path, monkeypatch, broken
 ):
@@ -139,7 +144,9 @@ def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
         grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
     )
     monkeypatch.setattr(train_cls, "score", broken)
-    with pytest.raises(RewardFault, match=r"Error: .*for row 0 and the completion:\n<think>"):
+    with pytest.raises(
+        RewardFault, match=r"(Error|Exit): .*for row 0 and the completion:\n<think>"
+    ):
         train(tmp_path / "run", *SHORT)
 
 
@@ -160,6 +167,42 @@ def test_a_researchers_own_error_keeps_its_traceback(tmp_path, monkeypatch, wher
     assert found is error
     names = [frame.name for frame in traceback.extract_tb(found.__traceback__)]
     assert names[-1] == "broken" and ("train" in names or "score" in names)
+
+
+def test_an_edit_that_exits_as_if_all_were_well_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cls, "hints", lambda *_: sys.exit())
+    monkeypatch.setattr(train_cls.Watch, "look", lambda self, step, groups, hints, task: hints())
+    with pytest.raises(RuntimeError, match=r"sys.exit\(\) was called before the run's end"):
+        train(tmp_path / "run", *SHORT)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_weights_are_loaded(
+    tmp_path, monkeypatch, capsys, whole
+):
+    """The plan's sizes are those of the files."""
+    files = list((whole / "checkpoint-3").rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    free = [0.97 * size]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    argv = ["--output_dir", str(tmp_path / "run"), *LONGER, "--save_steps", "1", "--dry_run"]
+    with pytest.raises(ValueError, match=r"17 MB are free on the disk of .*: free space, or name"):
+        train_cls.main(argv)
+    free[0] = 1.03 * size
+    assert train_cls.main(argv) == 0
+    said = "disk      a checkpoint 17 MB (29 MB to write it), final/ 6 MB; at most 63 MB for the"
+    assert f"{said} whole run, 18 MB free, which is not enough\n" in capsys.readouterr().out
+    free[0] = 50e6
+    assert train_cls.main(argv) == 0
+    said = "50 MB free, which is not enough: --save_total_limit 1 would take 46 MB"
+    assert said in capsys.readouterr().out
+    free[0] = 30e6
+    (tmp_path / "run").mkdir()
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "run" / ".checkpoint-2.partial")
+    assert train_cls.main(argv) == 0  # what a kill left behind goes with the next save
+    assert "48 MB free" in capsys.readouterr().out
+    free[0] = 100.0
+    assert train_cls.main([*argv, "--eval_only"]) == 0, "it writes no weights"
+    assert train_cls.main([*argv, "--gpu_memory", "80"]) == 0, "another machine's disk"
 
 
 def run_with_an_error_of_its_own(folder: str) -> None:
@@ -570,6 +613,26 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         (run / "checkpoint-1" / "state.json").write_text(sealed(state, run / "checkpoint-1"))
         with pytest.raises(ValueError, match=f"{name} is not what the run began with"):
             train_cls.main(again)
+
+
+def lose_the_terminal(done: str) -> None:
+    terminal, own = os.openpty()
+    ours, tee = os.pipe()
+    os.dup2(own, 1)
+    os.dup2(tee, 2)
+    StopSignal()
+    for end in (terminal, own, ours, tee):
+        os.close(end)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.write(1, b"saved")  # an OSError before
+    os.write(2, b"saved")
+    Path(done).touch()
+
+
+def test_what_is_printed_to_a_lost_terminal_does_not_end_the_run(tmp_path):
+    process = fork(tmp_path / "log", lose_the_terminal, str(tmp_path / "done"))
+    process.join()
+    assert (tmp_path / "done").exists()
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):
