@@ -55,10 +55,10 @@ def test_what_a_scheduler_left_behind_is_named(environment, monkeypatch, capsys,
     """Whatever rank it says, the one process prints it."""
     environment(**values)
     with pytest.raises(UserError, match=f"environment variables: {said}"):
-        start()
+        start(1.0)
     monkeypatch.setattr(exits.sys, "argv", ["x"])
     with pytest.raises(SystemExit, match="2"):
-        exits.run_and_exit(lambda argv: start())
+        exits.run_and_exit(lambda argv: start(1.0))
     assert "environment variables: " in capsys.readouterr().err
 
 
