@@ -52,7 +52,7 @@ def one_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
     """A run in this process listens to signals; the next test must not."""
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield
     for number, handler in handlers:
         signal.signal(number, handler)

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import grpo.engine.ranks
 import grpo.run.run
+import grpo.run.same
 import models.load
 import train_cls
 from data.errors import RewardFault, UserError
@@ -143,6 +145,19 @@ def agree(folder: str) -> None:
         Path(folder, "agree.json").write_text(json.dumps(gathered))
     ranks.wait()
     ranks.stop()
+
+
+def refused(name: str, folder: str, argv_of_ranks: list[list[str]]) -> None:
+    """A run whose ranks have flags of their own; what each says is in <name>.<rank>.txt."""
+    grpo.run.same.PATIENCE = 0.2
+    rank = int(os.environ["RANK"])
+    try:
+        said = f"code {train_cls.main(argv_of_ranks[rank])}"
+    except UserError as error:
+        said = str(error)
+        dist.barrier()
+        dist.destroy_process_group()
+    Path(folder, f"{name}.{rank}.txt").write_text(said)
 
 
 def rough(folder: str) -> None:

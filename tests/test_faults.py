@@ -31,12 +31,15 @@ from benchmarks.soak import soak
 from data.errors import RewardFault, UserError
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
+from grpo.plan import disk
 from grpo.plan.advice import PASSES
 from grpo.plan.plan import Plan
 from grpo.run import exits, folder
 from grpo.run.checks import check_first_ratio, check_gradients
 from grpo.run.clock import Clock
 from grpo.run.exits import DIVERGED, INTERRUPTED, StopSignal
+from grpo.run.resume import find_checkpoint
+from grpo.run.seal import sealed
 from models.qwen_vl import QwenVL
 from tests.forked import fork
 from tests.runs import CHECKPOINT, SHORT, read_lines, read_steps, timeless, train
@@ -44,6 +47,7 @@ from tests.tiny import tiny_config, tiny_model, tiny_prompt
 
 pytestmark = pytest.mark.slow
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LONGER = [*SHORT, "--max_steps", "3"]
 MODEL_AND_DATA = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers"]
 
@@ -90,6 +94,7 @@ REWARDS = {
     "one too few": (lambda *_: {"accuracy": 1.0}, "score() returned ['accuracy'], where ['acc"),
     "another name": (lambda *_: {"accuracy": 1, "fmt": 1}, "score() returned ['accuracy', 'fmt']"),
     "NaN": (lambda *_: {"accuracy": float("nan"), "format": 1}, "'accuracy' is nan, not a finite"),
+    "exits": (lambda *_: sys.exit(), "SystemExit: sys.exit() was called, for row"),
     "a tensor": (lambda *_: {"accuracy": torch.ones(1), "format": 1}, "'accuracy' is tensor(["),
 }
 
@@ -128,7 +133,10 @@ def test_a_reward_that_fails_in_an_evaluation_keeps_the_step(tmp_path, monkeypat
     assert (run / "final").is_dir()
 
 
-@pytest.mark.parametrize("broken", [raises, lambda *_: None, lambda *_: {"accuracy": None}])
+AT_ONCE = [raises, lambda *_: None, lambda *_: {"accuracy": None}, lambda *_: sys.exit(0)]
+
+
+@pytest.mark.parametrize("broken", AT_ONCE)
 def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
     tmp_path, monkeypatch, broken
 ):
@@ -136,7 +144,9 @@ def test_a_reward_that_fails_from_the_start_is_named_before_weights_are_loaded(
         grpo.engine.load, "load_weights", lambda *a: pytest.fail("weights were loaded")
     )
     monkeypatch.setattr(train_cls, "score", broken)
-    with pytest.raises(RewardFault, match=r"Error: .*for row 0 and the completion:\n<think>"):
+    with pytest.raises(
+        RewardFault, match=r"(Error|Exit): .*for row 0 and the completion:\n<think>"
+    ):
         train(tmp_path / "run", *SHORT)
 
 
@@ -157,6 +167,42 @@ def test_a_researchers_own_error_keeps_its_traceback(tmp_path, monkeypatch, wher
     assert found is error
     names = [frame.name for frame in traceback.extract_tb(found.__traceback__)]
     assert names[-1] == "broken" and ("train" in names or "score" in names)
+
+
+def test_an_edit_that_exits_as_if_all_were_well_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cls, "hints", lambda *_: sys.exit())
+    monkeypatch.setattr(train_cls.Watch, "look", lambda self, step, groups, hints, task: hints())
+    with pytest.raises(RuntimeError, match=r"sys.exit\(\) was called before the run's end"):
+        train(tmp_path / "run", *SHORT)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_weights_are_loaded(
+    tmp_path, monkeypatch, capsys, whole
+):
+    """The plan's sizes are those of the files."""
+    files = list((whole / "checkpoint-3").rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    free = [0.97 * size]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    argv = ["--output_dir", str(tmp_path / "run"), *LONGER, "--save_steps", "1", "--dry_run"]
+    with pytest.raises(ValueError, match=r"17 MB are free on the disk of .*: free space, or name"):
+        train_cls.main(argv)
+    free[0] = 1.03 * size
+    assert train_cls.main(argv) == 0
+    said = "disk      a checkpoint 17 MB (29 MB to write it), final/ 6 MB; at most 63 MB for the"
+    assert f"{said} whole run, 18 MB free, which is not enough\n" in capsys.readouterr().out
+    free[0] = 50e6
+    assert train_cls.main(argv) == 0
+    said = "50 MB free, which is not enough: --save_total_limit 1 would take 46 MB"
+    assert said in capsys.readouterr().out
+    free[0] = 30e6
+    (tmp_path / "run").mkdir()
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "run" / ".checkpoint-2.partial")
+    assert train_cls.main(argv) == 0  # what a kill left behind goes with the next save
+    assert "47 MB free" in capsys.readouterr().out
+    free[0] = 100.0
+    assert train_cls.main([*argv, "--eval_only"]) == 0, "it writes no weights"
+    assert train_cls.main([*argv, "--gpu_memory", "80"]) == 0, "another machine's disk"
 
 
 def run_with_an_error_of_its_own(folder: str) -> None:
@@ -434,25 +480,83 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     assert timeless(resumed) == timeless(read_steps(whole))
 
 
-DAMAGE = {
-    "state.json": ("null", "not a readable run state"),
-    "model.safetensors": (None, "not a readable safetensors file"),
-    "optimizer/model.safetensors": (None, "not a readable safetensors file"),
-}
+def flip(file: Path) -> None:
+    """Turns one bit over in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(tmp_path, whole):
-    run = copied(whole, tmp_path / "run", "checkpoint-3")
-    (run / "checkpoint-9").mkdir()  # no checkpoint: nothing in it
-    for name, (text, said) in DAMAGE.items():
-        file = run / "checkpoint-2" / name
-        kept = file.read_bytes()
-        file.write_bytes(kept[: len(kept) // 2] if text is None else text.encode())
-        with pytest.raises(ValueError, match=f"checkpoint-2/{name}: {said}"):
-            train(run, "--resume_from_checkpoint", "auto")
-        file.write_bytes(kept)
-    resumed = train(run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
-    assert timeless(resumed) == timeless(read_steps(whole))
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def foreign(file: Path) -> None:
+    """Another step's, as sound as this one's."""
+    shutil.copyfile(str(file).replace("checkpoint-2", "checkpoint-1"), file)
+
+
+DIFFERS = "not what was saved: its checksum differs"
+DAMAGE = [
+    ("state.json", lambda file: file.write_text("null"), "not a readable run state"),
+    ("state.json", lambda file: file.write_text(file.read_text().replace("0", "1", 1)), DIFFERS),
+    ("state.json", Path.unlink, "missing"),
+    ("state.json", foreign, "of step 1, not 2"),
+    ("model.safetensors", halve, DIFFERS),
+    ("model.safetensors", flip, DIFFERS),
+    ("model.safetensors", foreign, DIFFERS),
+    ("optimizer/model.safetensors", flip, DIFFERS),
+    ("optimizer/model.safetensors", foreign, DIFFERS),
+    ("optimizer/model.safetensors", Path.unlink, "missing"),
+]
+
+
+@pytest.mark.parametrize("name, damage, said", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_hand(
+    tmp_path, whole, name, damage, said
+):
+    run = copied(whole, tmp_path / "run", "checkpoint-3", "final")
+    damage(run / "checkpoint-2" / name)
+    folder, saved, notes = find_checkpoint("auto", run, ALONE)
+    assert folder == run / "checkpoint-1" and saved["step"] == 1
+    (note,) = notes
+    assert note.startswith(f"passed over {run}/checkpoint-2: {run}/checkpoint-2/{name}")
+    assert said in note
+    with pytest.raises(ValueError, match=f"checkpoint-2.*({said}|no state.json)"):
+        find_checkpoint(str(run / "checkpoint-2"), run, ALONE)
+    flip(run / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)no whole checkpoint.*checkpoint-2/.*checkpoint-1/"):
+        find_checkpoint("auto", run, ALONE)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, whole, capsys):
+    """What it passes over is named, and set aside where the run writes its own."""
+    run = copied(whole, tmp_path / "run", "final")
+    flip(run / "checkpoint-2" / "model.safetensors")
+    (run / "checkpoint-3" / "state.json").unlink()
+    (run / "checkpoint-9").mkdir()
+    assert timeless(train(run, "--resume_from_checkpoint", "auto")) == timeless(read_steps(whole))
+    said = capsys.readouterr().out
+    for step in (9, 3, 2):
+        assert f"passed over {run}/checkpoint-{step}: " in said
+    assert f"resumed   {run}/checkpoint-1, step 1" in said
+    aside = sorted(path.name[:22] for path in run.glob("abandoned-*"))
+    assert aside == [f"abandoned-checkpoint-{step}" for step in (2, 3, 9)]
+    for name in ("checkpoint-3/model.safetensors", "final/model.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, whole):
+    run = copied(whole, tmp_path / "run", "checkpoint-3", "final")
+    where = run / "checkpoint-2" / "state.json"
+    state = json.loads(where.read_text())
+    del state["files"], state["sha256"]
+    where.write_text(json.dumps(state))
+    folder, saved, notes = find_checkpoint("auto", run, ALONE)
+    assert folder == run / "checkpoint-2" and saved == state
+    assert notes == [f"unchecked {folder} was made before checkpoints had checksums"]
+    halve(folder / "model.safetensors")  # that is seen all the same
+    assert find_checkpoint("auto", run, ALONE)[0] == run / "checkpoint-1"
 
 
 def test_what_follows_the_last_whole_line_is_dropped(tmp_path):
@@ -497,6 +601,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         train_cls.main([*again, "--max_steps", "2"])
     state = json.loads((run / "checkpoint-1" / "state.json").read_text())
     facts = state["facts"]
+    del state["sha256"]
     for name in (
         "the data set",
         "the held-out rows",
@@ -505,9 +610,29 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
         "the reference model",
     ):
         state["facts"] = facts | {name: "float32:0"}
-        (run / "checkpoint-1" / "state.json").write_text(json.dumps(state))
+        (run / "checkpoint-1" / "state.json").write_text(sealed(state, run / "checkpoint-1"))
         with pytest.raises(ValueError, match=f"{name} is not what the run began with"):
             train_cls.main(again)
+
+
+def lose_the_terminal(done: str) -> None:
+    terminal, own = os.openpty()
+    ours, tee = os.pipe()
+    os.dup2(own, 1)
+    os.dup2(tee, 2)
+    StopSignal()
+    for end in (terminal, own, ours, tee):
+        os.close(end)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.write(1, b"saved")  # an OSError before
+    os.write(2, b"saved")
+    Path(done).touch()
+
+
+def test_what_is_printed_to_a_lost_terminal_does_not_end_the_run(tmp_path):
+    process = fork(tmp_path / "log", lose_the_terminal, str(tmp_path / "done"))
+    process.join()
+    assert (tmp_path / "done").exists()
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

@@ -203,7 +203,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_whole(tmp_path, source, 
         patch.setattr(checkpoint, where, kill)
         with pytest.raises(Killed):
             save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
-    assert find_checkpoint("auto", tmp_path).name == "checkpoint-1"
+    assert find_checkpoint("auto", tmp_path, ALONE)[0].name == "checkpoint-1"
     resume(tmp_path / "checkpoint-1", optimizer, 0)
     save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,68 @@ def two(tmp_path_factory):
     save_model(tiny_model(family_config("qwen3_5"), torch.float32, scale=1), folder / "in bf16")
     calls.append(["in_bf16", [str(folder / "in bf16")]])
     calls.append(["agree", [str(folder)]])
+    calls += unlike_calls(folder)
     (folder / "rough").mkdir()
     calls.append(["rough", [str(folder / "rough")]])  # the last: it changes the directory
     out = forked.ranks(2, folder, in_turn, calls)
     assert out.codes == [0, 0], out.stderr[-4000:]
     return folder, out
+
+
+def unlike_calls(folder: Path) -> list:
+    """Ranks that read different things, each for itself; and a damaged checkpoint."""
+    for name, synonym in (("one", "phlox"), ("other", "Phlox paniculata")):
+        (folder / f"{name}.json").write_text(json.dumps({"garden phlox": [synonym]}))
+    model = shutil.copytree(CHECKPOINT, folder / "other model")
+    damaged = shutil.copytree(folder / "whole", folder / "damaged")
+    for file in (model / "model.safetensors", damaged / "checkpoint-3/optimizer/model.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    named = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", "demo:flowers", *SMALL]
+    auto = ["--resume_from_checkpoint", "auto"]
+    run, run_1 = ["--output_dir", str(folder / "unlike")], ["--output_dir", str(folder / "unseen")]
+    aliases = [["--aliases", str(folder / f"{name}.json")] for name in ("one", "other")]
+    cases = {
+        "flags": [[*named, *run], [*named, *run, "--seed", "8", "--beta", "0"]],
+        "content": [
+            [*named, *run, *aliases[0]],
+            [*named, *run, *aliases[1], "--model_name_or_path", str(model)],
+        ],
+        "no folder": [[*named, *run], [*named, *run_1]],
+        "no checkpoint": [
+            [*named, "--output_dir", str(folder / "run"), *auto],
+            [*named, *run_1, *auto],
+        ],
+        "damaged": [["--output_dir", str(damaged), *auto, "--max_steps", "9", "--dry_run"]] * 2,
+    }
+    return [["refused", [name, str(folder), argv]] for name, argv in cases.items()]
+
+
+def test_ranks_that_read_different_things_are_refused_by_name(two):
+    """Each on both ranks with one message; a folder that one does not see, in no time."""
+    folder, out = two
+    said = {}
+    for name in ("flags", "content", "no folder", "no checkpoint", "damaged"):
+        texts = [(folder / f"{name}.{rank}.txt").read_text() for rank in (0, 1)]
+        assert texts[0] == texts[1], name
+        said[name] = texts[0]
+    host = socket.gethostname()
+    zero, one = f"on rank 0 ({host})", f"on rank 1 ({host})"
+    lines = said["flags"].splitlines()
+    assert lines[1:-1] == [f"  --seed: 42 {zero}, 8 {one}", f"  --beta: 0.04 {zero}, 0.0 {one}"]
+    lines = said["content"].splitlines()
+    assert len(lines) == 4 and lines[1].startswith("  what is paid for: Task(match='exact', al")
+    assert lines[2].startswith("  model.safetensors of the model: ")
+    told = f"{folder / 'unlike'} is not there for rank 1 on {host}: it must be on storage"
+    assert told in said["no folder"]
+    told = (
+        f"{folder / 'run'}/checkpoint-3: the main rank, on {host}, resumes from it, but it is not"
+    )
+    assert said["no checkpoint"].startswith(f"{told} there for rank 1 on {host}: is")
+    assert said["damaged"] == "code 0"
+    told = "passed over {0}/checkpoint-3: {0}/checkpoint-3/optimizer/model.safetensors: not what"
+    assert told.format(folder / "damaged") in out.stdout
 
 
 def test_evaluation_alone_is_the_same_on_two_ranks(two, plain, tmp_path):
@@ -281,7 +339,7 @@ def test_a_fault_on_one_rank_is_raised_on_all(two):
 def test_one_rank_shows_the_progress_of_the_image_checks(two):
     bars = two[1].stderr.replace("\r", "\n").splitlines()
     bars = [line for line in bars if "split 'train' images:   0%" in line]
-    runs = len(CASES) + 3  # and the resumed one, the evaluated one, and the rough one
+    runs = len(CASES) + 7  # the resumed, the evaluated and the rough one; four that are refused
     assert len(bars) == runs
 
 
