@@ -11,7 +11,7 @@ from pathlib import Path
 from data.errors import UserError
 from grpo.engine.optimizer import Optimizer
 from grpo.run.checkpoint import State, checkpoints
-from models.load import weight_files
+from models.folder import weight_files
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
