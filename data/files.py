@@ -37,7 +37,12 @@ def fault(path: str | os.PathLike, at_most: int | None = None) -> str:
     try:
         info = os.stat(path)
     except FileNotFoundError:
-        return "missing: there is no such file"
+        link = (
+            "a link to a file that is not there"
+            if os.path.islink(path)
+            else "there is no such file"
+        )
+        return f"missing: {link}"
     except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
         return f"unreadable: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(info.st_mode):

@@ -1,5 +1,6 @@
 """Which model a folder holds: config.json's `model_type` decides, never the folder's name."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ def read_config(folder: Path) -> QwenVLConfig:
     family's, if a needed key is missing, or if it asks for what this model does not do.
     """
     path = Path(folder) / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{folder}: {no_config(Path(folder))}")
     raw = files.read_json(path)
     if not isinstance(raw, dict):

@@ -4,6 +4,7 @@ Not here: reading what is there (families.py, load.py, processor.py).
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a model, or else an adapter. Without an index, shards that
     are all there are read too. Raises UserError if a file is absent."""
     single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():
+    if os.path.lexists(single):  # whoever opens it says what else it is than a file
         return [single]
-    if index.is_file():
+    if os.path.lexists(index):
         names = _named_in(index)
     else:
         found = [re.match(r"(model-\d+-of-(\d+))\.safetensors\Z", p.name) for p in _tensors(folder)]
@@ -88,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
         width = len(next(match[2] for match in found if match))
         numbers = [str(number).zfill(width) for number in range(1, total + 1)]
         names = [f"model-{number}-of-{numbers[-1]}.safetensors" for number in numbers]
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not os.path.lexists(folder / name)]
     if absent:
         todo = "copy them from where the model came from"
         raise UserError(
@@ -144,10 +145,10 @@ def check_processor_files(folder: Path) -> None:
     in a model's folder, and where they come from; or one that is no regular file."""
 
     def absent(*names: str) -> list[str]:
-        return [name for name in names if not (folder / name).exists()]
+        return [name for name in names if not os.path.lexists(folder / name)]
 
     for name in PROCESSOR_FILES:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             files.regular(folder / name, files.IMAGE)
     missing = absent("tokenizer_config.json")
     if absent("tokenizer.json") and absent("vocab.json", "merges.txt"):
