@@ -3,7 +3,6 @@
 Not here: reading what is there (families.py, load.py, processor.py).
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -172,10 +171,7 @@ def _has_image_processor(folder: Path) -> bool:
 
 def _base(folder: Path) -> str:
     """ " (its name)" if config.json says which model this one began with."""
-    try:
-        name = json.loads((folder / "config.json").read_text()).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return ""
+    name = files.read_json(folder / "config.json").get("_name_or_path")
     return f" ({name[:200]})" if isinstance(name, str) and name else ""
 
 
