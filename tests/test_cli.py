@@ -148,7 +148,7 @@ def test_booleans(argv, expected):
         ),
         (["--gpu_memory", "24"], "--gpu_memory 24 needs --dry_run: it plans for a GPU that is not"),
         (["--num_generations", "1"], "at least 2"),
-        (["--temperature", "0"], "above 0"),
+        (["--temperature", "0"], "at least 1e-06"),
         (["--top_p", "1.5"], "at most 1"),
         (["--max_steps", "0"], "at least 1"),
         (["--beta", "-1"], "at least 0"),

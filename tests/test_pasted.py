@@ -77,6 +77,8 @@ def test_every_unknown_word_of_a_command_is_named_with_what_to_do(name):
         ("--scale_rewards False", "scale_rewards", "none"),
         ("--entropy_coef=-0.5", "entropy_coef", -0.5),
         ("--entropy_coef -0.5", "entropy_coef", -0.5),
+        ("--entropy_coef -1e-3", "entropy_coef", -1e-3),
+        ("--reward_weights 1e3 -1e-3", "reward_weights", [1e3, -1e-3]),
     ],
 )
 def test_a_spelling_that_means_the_same_is_read(words, flag, value):

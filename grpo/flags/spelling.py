@@ -5,6 +5,7 @@ Not here: what those trainers call things (elsewhere.py), and our own flags (con
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from data.errors import UserError, shown
@@ -40,7 +41,7 @@ def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
             kept, stray = _values(name, [*joined, *values], kinds[name])
             unknown += stray
             if kept is not None:
-                one = joined and kept and not kinds[name].is_list  # may begin with a dash
+                one = kept and not kinds[name].is_list and (joined or kept[0][:1] == "-")
                 words += [f"--{name}={kept[0]}"] if one else [f"--{name}", *kept]
         elif name.startswith("no_") and kinds.get(name[3:]) == (bool, False) and not joined:
             words += [f"--{name[3:]}", "false"]
@@ -72,12 +73,22 @@ def _values(name: str, values: list[str], kind: Kind) -> tuple[list[str] | None,
     """(a flag's values in our spelling, None to leave it out; words that are none of them)."""
     if kind.is_list:
         values = [part.strip(" \"'[]") for value in values for part in value.split(",")]
-        values = [value for value in values if value]
+        values = [_plain(value) for value in values if value]
     one = values[0].lower() if len(values) == 1 else None
     if one in SAME_VALUE.get(name, ()):
         value = SAME_VALUE[name][one]
         return (None if value is None else [value]), []
     return (values, []) if kind.is_list else (values[:1], values[1:])
+
+
+def _plain(value: str) -> str:
+    """A negative number without an exponent, with which argparse takes it for a flag."""
+    if value[:1] != "-" or "e" not in value.lower():
+        return value
+    try:
+        return format(Decimal(value), "f")
+    except InvalidOperation:
+        return value
 
 
 def unknown_name(word: str, known: Collection[str], noun: str, prefix: str = "") -> str:
