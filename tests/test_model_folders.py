@@ -302,6 +302,7 @@ def test_any_value_of_any_key_of_a_config_is_read_or_refused(family, tmp_path):
     assert refused > 8 * len(raw), "blunt"
     # each of a size that a model may have, and their product none that a tensor may have
     raw["vision_config"] |= {"spatial_merge_size": 64, "embed_dim": 2**25, "hidden_size": 2**25}
+    raw["vision_config"] |= {"window_size": 10**6}
     raw["vision_config"] |= {"out_hidden_size": 48} if family != "qwen2_vl" else {"hidden_size": 48}
     put(tmp_path, "config.json", raw)
     with pytest.raises(UserError, match="no model has these sizes"):
