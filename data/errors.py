@@ -1,4 +1,10 @@
-"""The two errors that a run ends with on purpose; any other exception is a bug."""
+"""The errors that a run ends with on purpose, any other being a bug; and what messages quote."""
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlevel, _SHORT.maxdict = 3, 6
 
 
 class UserError(ValueError):
@@ -10,8 +16,26 @@ class UserError(ValueError):
     """
 
 
+class ImageFault(UserError):
+    """An image that could be read when the run began and cannot any more: its row and file.
+
+    The run saves what it has trained and ends with the message.
+    """
+
+
 class RewardFault(Exception):
     """A reward failed: the error, the row and the completion. Its cause is the error itself.
 
     The run saves what it has trained and ends with the traceback.
     """
+
+
+def shown(value) -> str:
+    """repr(value) for a message, cut to what a reader takes in, however large or deep it is."""
+    return _SHORT.repr(value)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, cut; its class where it has no text, as MemoryError."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]:.300}" if lines else type(error).__name__

@@ -17,6 +17,8 @@ SETTINGS = 16 * MB  # YAML, config.json and the like
 IMAGE = 512 * MB
 TABLE = 8192 * MB  # rows or annotations as text: LVIS has 1,100 MB
 SHOWN = 200  # characters of an error's text in a message
+POINTER = b"version https://git-lfs"  # how the text begins that git-lfs keeps in a file's place
+NOT_PULLED = "a git-lfs pointer in place of the file: run `git lfs pull` in its folder"
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -35,7 +37,12 @@ def fault(path: str | os.PathLike, at_most: int | None = None) -> str:
     try:
         info = os.stat(path)
     except FileNotFoundError:
-        return "missing: there is no such file"
+        link = (
+            "a link to a file that is not there"
+            if os.path.islink(path)
+            else "there is no such file"
+        )
+        return f"missing: {link}"
     except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
         return f"unreadable: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(info.st_mode):
@@ -46,22 +53,44 @@ def fault(path: str | os.PathLike, at_most: int | None = None) -> str:
 
 
 def regular(path: str | os.PathLike, at_most: int | None = None) -> Path:
-    """The path, for a library that opens it itself. Raises UserError with its name as `fault`."""
-    if reason := fault(path, at_most):
-        raise UserError(f"{str(path)[:SHOWN]}: {reason}")
+    """The path, for a library that opens it itself. Raises UserError with its name as `fault`, and
+    for a pointer of git-lfs."""
+    try:
+        if reason := fault(path, at_most):
+            raise UserError(reason)
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(NOT_PULLED)
+    except (UserError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)[:SHOWN]}: {why}") from error
     return Path(path)
 
 
+def impossible(path: str | os.PathLike) -> str:
+    """Why nothing can have this name: it is too long, or holds a zero byte; "" if it can."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return ""
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
 def read_bytes(path: str | os.PathLike, at_most: int) -> bytes:
-    """The file's bytes. Raises UserError without the file's name as `fault`, or if it cannot be
-    read."""
+    """The file's bytes. Raises UserError without the file's name as `fault`, if it cannot be read,
+    and for a pointer of git-lfs."""
     if reason := fault(path, at_most):
         raise UserError(reason)
     try:
         with open(path, "rb") as file:
-            return file.read(at_most)
+            data = file.read(at_most)
     except OSError as error:
         raise UserError(f"unreadable: {error.strerror}") from error
+    if data.startswith(POINTER):
+        raise UserError(NOT_PULLED)
+    return data
 
 
 def read_text(path: str | os.PathLike, at_most: int = SETTINGS) -> str:

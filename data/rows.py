@@ -11,15 +11,20 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from data.images import content_key, open_image
+from PIL import Image
+
+from data.errors import ImageFault, UserError
+from data.images import content_key, open_image, read_bytes
 
 IMAGE_COLUMNS = ("image", "images", "image_path", "image_paths")
 PLACEHOLDER = "<image>"  # in a problem: where an image stands; without one, images come first
+PAUSES = (0.5, 2.0)  # seconds before the second and the third try to read an image again
 SHOWN = 120  # characters of a path in a message
 # What a solution may have in front of its answer, as sets made for distillation do.
 THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -68,14 +73,33 @@ class Row:
         return tuple(content_key(image) for image in self.images)
 
     def prompt(self, processor):
-        """The row as a prompt for the model (models/processor.py). Raises as `open_image`."""
-        images = [open_image(image) for image in self.images]
-        return processor.encode(self.problem, images, self.image_keys)
+        """The row as a prompt for the model (models/processor.py). Raises ImageFault as
+        `opened`."""
+        keys, images = zip(*self.opened(self.images), strict=True) if self.images else ((), ())
+        return processor.encode(self.problem, list(images), keys)
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Width and height of the first image in pixels, upright. Raises as `open_image`."""
-        return open_image(self.images[0]).size
+        """Width and height of the first image in pixels, upright. Raises ImageFault as `opened`."""
+        return self.opened(self.images[:1])[0][1].size
+
+    def opened(self, images: tuple) -> list[tuple[str, Image.Image]]:
+        """The content hash of each of these images, and the image.
+
+        For a row that data/check.py has found good: there are three tries, as a network file system
+        may not answer for a moment. Raises ImageFault that names the row and the file.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                contents = [read_bytes(image) for image in images]
+                return [(content_key(data), open_image(data)) for data in contents]
+            except UserError as error:
+                if pause is None:
+                    raise ImageFault(
+                        f"row {self.index} ({self.where}): an image that could be read when the "
+                        f"run began cannot be read now: {error}; put the file back as it was"
+                    ) from error
+            time.sleep(pause)
 
 
 class SplitRows(Sequence):

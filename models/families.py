@@ -1,12 +1,14 @@
 """Which model a folder holds: config.json's `model_type` decides, never the folder's name."""
 
-import json
+import os
 from pathlib import Path
 from types import ModuleType
 
-from data.errors import UserError
+from data import files
+from data.errors import UserError, shown
 from models import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from models.config import QwenVLConfig
+from models.folder import no_config
 from models.mixer import Mixer
 from models.names import module_name
 
@@ -38,18 +40,9 @@ def read_config(folder: Path) -> QwenVLConfig:
     family's, if a needed key is missing, or if it asks for what this model does not do.
     """
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        what = "no config.json: this is not a model folder"
-        if (Path(folder) / "adapter_config.json").is_file():
-            what = (
-                "an adapter, not a model: name its base as --model_name_or_path and this folder as "
-            )
-            what += "--adapter_name_or_path, with --use_peft"
-        raise UserError(f"{folder}: {what}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    if not os.path.lexists(path):
+        raise UserError(f"{folder}: {no_config(Path(folder))}")
+    raw = files.read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no JSON object")
     return parse_config(raw, str(path))
@@ -58,15 +51,16 @@ def read_config(folder: Path) -> QwenVLConfig:
 def parse_config(raw: dict, where: str) -> QwenVLConfig:
     """`raw` as a QwenVLConfig; `where` opens each message. Raises UserError as `read_config`."""
     found = raw.get("model_type")
-    if found not in FAMILIES:
-        why = f": {REFUSED[found]}" if found in REFUSED else ""
+    if not isinstance(found, str) or found not in FAMILIES:
+        why = f": {REFUSED[found]}" if isinstance(found, str) and found in REFUSED else ""
         known = ", ".join(map(repr, FAMILIES))
-        raise UserError(f"{where}: model_type is {found!r}{why}; this trainer knows {known}")
-    if kind := raw.get("quantization_config"):
+        raise UserError(f"{where}: model_type is {shown(found)}{why}; this trainer knows {known}")
+    if kind := raw.get("quantization_config") or raw.get("compression_config"):
         method = kind.get("quant_method", "quantized") if isinstance(kind, dict) else kind
         raise UserError(
-            f"{where}: the weights are quantized ({method}), and cannot be trained here; take "
-            f"the checkpoint in bfloat16"
+            f"{where}: the weights are quantized ({str(method)[:80]}), and cannot be trained here; "
+            f"take the checkpoint in bfloat16 that it was made from (--load_in_4bit quantizes it "
+            f"for LoRA)"
         )
     return FAMILIES[found].read(raw, where)
 

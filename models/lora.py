@@ -7,7 +7,6 @@ term, so no second model is loaded. Files are peft's. There is no dropout: sampl
 must compute the same policy.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data import files
+from data.errors import UserError, shown
+from models.folder import refuse_not_finite
 from models.four_bit import FourBitLinear
 from models.names import module_name, parameter_name
 
@@ -181,17 +182,26 @@ def read_adapter(folder: Path) -> LoRA:
     from safetensors import SafetensorError, safe_open
 
     try:
-        raw = json.loads((folder / SETTINGS).read_text())
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        raw = files.read_json(folder / SETTINGS)
+        with safe_open(files.regular(folder / WEIGHTS), framework="pt") as file:
             names = [parameter_name(key) for key in file.keys()]  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}") from error
+        raise UserError(
+            f"{folder}: no readable {SETTINGS} and {WEIGHTS}: {error}{_meant(folder)}"
+        ) from error
     refuse_other_kinds(raw, folder)
     if other := [name for name in names if not is_adapter(name)]:
         raise UserError(f"{folder / WEIGHTS}: {other[0]} is no LoRA weight of a linear layer")
     layers = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
     base = raw.get("base_model_name_or_path")
     return LoRA(raw["r"], raw["lora_alpha"], layers, bool(raw.get("use_rslora")), base)
+
+
+def _meant(folder: Path) -> str:
+    """The newest adapter in a folder below, as a trainer's output folder has them."""
+    below = [path.parent for path in folder.glob(f"*/{SETTINGS}")]
+    newest = max(below, key=lambda path: (path.name == "final", path.stat().st_mtime), default=None)
+    return f"; there is an adapter in {newest}" if newest else ""
 
 
 # What peft's adapters may have besides; anything else would change what they compute.
@@ -217,16 +227,16 @@ def refuse_other_kinds(raw, folder: Path) -> None:
         raise UserError(f"{where}: holds no JSON object")
     for key, allowed in PLAIN.items():
         if raw.get(key) not in allowed:
-            raise UserError(f"{where}: {key} = {raw.get(key)!r} is not supported")
+            raise UserError(f"{where}: {key} = {shown(raw.get(key))} is not supported")
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = raw.get(key)
         if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{where}: {key} is {value!r}, not a positive number")
+            raise UserError(f"{where}: {key} is {shown(value)}, not a positive number")
 
 
 def check_fit(folder: Path, model: nn.Module) -> None:
-    """Raises UserError if the adapter's weights have not the shapes that this model's have; reads
-    headers only."""
+    """Raises UserError if the adapter's weights have not the shapes that this model's have, or are
+    not finite."""
     from safetensors import safe_open
 
     missing = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
@@ -238,5 +248,6 @@ def check_fit(folder: Path, model: nn.Module) -> None:
                     f"{folder}: {name} has shape {found}, this model needs {wanted}: is it "
                     f"another model's adapter?"
                 )
+            refuse_not_finite(name, file.get_tensor(key), folder)
     if missing:
         raise UserError(f"{folder}: {next(iter(missing))} is missing, and {len(missing) - 1} more")

@@ -8,11 +8,18 @@ def module_name(name: str) -> str:
     return "model.language_model." + name.removeprefix("model.")
 
 
+# What wrappers put into names: DataParallel and DeepSpeed, torch.compile, FSDP, peft.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+
+
 def parameter_name(key: str) -> str:
     """A weight's name in a file -> here: `model.visual.x` -> `visual.x` and so on; and of peft's
-    adapters, `base_model.model.model.visual.x.lora_A.weight` -> `visual.x.lora_A`."""
+    adapters, `base_model.model.model.visual.x.lora_A.weight` -> `visual.x.lora_A`. What wrappers
+    put before a name goes."""
+    while wrapper := next((one for one in WRAPPERS if key.startswith(one)), None):
+        key = key.removeprefix(wrapper)
     if ".lora_" in key:
-        key = key.removeprefix("base_model.model.").removesuffix(".weight")
+        key = key.removesuffix(".weight")
     for newer, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if key.startswith(newer):
             return ours + key.removeprefix(newer)

@@ -36,7 +36,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         family=MODEL_TYPE,
         **fields,
         **decoder_fields(raw, where, fields),
-        max_position_embeddings=text.get("max_position_embeddings", default=128000),
+        max_position_embeddings=text.size("max_position_embeddings", default=128000),
         vision=VisionConfig(
             **shared_vision_fields(vision),
             embed_dim=vision.size("hidden_size"),

@@ -35,7 +35,7 @@ def read(raw: dict, where: str) -> QwenVLConfig:
             family=MODEL_TYPE,
             **fields,
             **decoder_fields(raw, where, fields),
-            max_position_embeddings=text.get("max_position_embeddings", default=32768),
+            max_position_embeddings=text.size("max_position_embeddings", default=32768),
             vision=VisionConfig(
                 **shared_vision_fields(vision),
                 embed_dim=width,
@@ -55,15 +55,15 @@ def decoder_fields(raw: dict, where: str, fields: dict) -> dict:
         raise UserError(
             f"{where}: hidden_size {fields['hidden_size']} does not divide into {heads} heads"
         )
-    nested = (raw.get("text_config") or {}).get("tie_word_embeddings")
+    places = ConfigPart(raw, where), ConfigPart(raw.get("text_config"), where)
     return {
         # at the top as published; transformers before 5 wrote it into text_config
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or nested),
+        "tie_word_embeddings": any([part.flag("tie_word_embeddings") for part in places]),
         "head_dim": fields["hidden_size"] // heads,
         "attention_bias": True,
         "qk_norm": False,
-        "rope_theta": rope.get("rope_theta", default=1_000_000.0),
-        "mrope_section": tuple(rope.get("mrope_section", default=(16, 24, 24))),
+        "rope_theta": rope.number("rope_theta", default=1_000_000.0),
+        "mrope_section": rope.section((16, 24, 24)),
         "mrope_interleaved": False,
     }
 

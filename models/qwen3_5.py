@@ -4,7 +4,7 @@ Three layers of four are a gated delta net (models/delta_net.py), the fourth is 
 gate. The vision tower is Qwen3-VL's without DeepStack.
 """
 
-from data.errors import UserError
+from data.errors import UserError, shown
 from models.attention import Attention
 from models.config import (
     ConfigPart,
@@ -40,13 +40,13 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         family=MODEL_TYPE,
         **shared_fields(raw, where),
         head_dim=text.size("head_dim", default=256),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        tie_word_embeddings=ConfigPart(raw, where).flag("tie_word_embeddings"),
         attention_bias=False,
         qk_norm=True,
-        rope_theta=rope.need("rope_theta"),
-        mrope_section=tuple(rope.get("mrope_section", default=(11, 11, 10))),
+        rope_theta=rope.number("rope_theta"),
+        mrope_section=rope.section((11, 11, 10)),
         mrope_interleaved=True,
-        max_position_embeddings=text.get("max_position_embeddings", default=32768),
+        max_position_embeddings=text.size("max_position_embeddings", default=32768),
         vision=read_vision(ConfigPart(raw.get("vision_config"), where), deepstack=False),
         layer_types=layer_types(text),
         partial_rotary_factor=rotated_share(text, rope),
@@ -75,7 +75,7 @@ def rotated_share(text: ConfigPart, rope: ConfigPart) -> float:
     name = "partial_rotary_factor"
     share = rope.get(name, default=text.get(name, default=0.25))
     if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-        raise UserError(f"{text.where}: {name} is {share!r}, not a number above 0 and up to 1")
+        raise UserError(f"{text.where}: {name} is {shown(share)}, not a number above 0 and up to 1")
     return share
 
 
@@ -87,8 +87,8 @@ def layer_types(text: ConfigPart) -> tuple[str, ...]:
     is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
     if not is_list or len(named) != layers or not set(named) <= KINDS.keys():
         raise UserError(
-            f"{text.where}: layer_types is {named!r}, not one of {', '.join(KINDS)} for each of "
-            f"{layers} layers"
+            f"{text.where}: layer_types is {shown(named)}, not one of {', '.join(KINDS)} for each "
+            f"of {layers} layers"
         )
     return tuple(named)
 

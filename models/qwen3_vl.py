@@ -35,13 +35,13 @@ def read(raw: dict, where: str) -> QwenVLConfig:
         family=MODEL_TYPE,
         **shared_fields(raw, where),
         head_dim=text.size("head_dim", default=128),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        tie_word_embeddings=ConfigPart(raw, where).flag("tie_word_embeddings"),
         attention_bias=False,
         qk_norm=True,
-        rope_theta=rope.need("rope_theta"),
-        mrope_section=tuple(rope.get("mrope_section", default=(24, 20, 20))),
+        rope_theta=rope.number("rope_theta"),
+        mrope_section=rope.section((24, 20, 20)),
         mrope_interleaved=True,
-        max_position_embeddings=text.get("max_position_embeddings", default=128000),
+        max_position_embeddings=text.size("max_position_embeddings", default=128000),
         vision=read_vision(ConfigPart(raw.get("vision_config"), where)),
     )
     levels = config.vision.deepstack_visual_indexes

@@ -97,7 +97,6 @@ def test_booleans(argv, expected):
     "argv, message",
     [
         (["--betta", "1"], "unknown flag --betta: did you mean --beta"),
-        (["--max-steps=5"], "write --max_steps"),
         (["--per_device_train_batch_size", "8"], "--prompts_per_step"),
         (["--deepspeed", "x.json"], "torchrun"),
         (["--vllm_mode", "colocate"], "unknown flag --vllm_mode: there is no inference server"),
@@ -149,7 +148,7 @@ def test_booleans(argv, expected):
         ),
         (["--gpu_memory", "24"], "--gpu_memory 24 needs --dry_run: it plans for a GPU that is not"),
         (["--num_generations", "1"], "at least 2"),
-        (["--temperature", "0"], "above 0"),
+        (["--temperature", "0"], "at least 1e-06"),
         (["--top_p", "1.5"], "at most 1"),
         (["--max_steps", "0"], "at least 1"),
         (["--beta", "-1"], "at least 0"),
@@ -218,7 +217,6 @@ def test_numbers_have_bounds():
     numbers = {f.name for f in fields(TrainingConfig) if re.search("int|float", str(f.type))}
     assert numbers - BOUNDED.keys() == {
         "seed",
-        "num_generations",
         "reward_weights",
         "entropy_coef",
     }

@@ -24,7 +24,8 @@ from models.decoding.generate import generate
 from models.decoding.product import joined
 from models.decoding.storage import allocate
 from models.families import FAMILIES, parse_config, read_config
-from models.load import empty_model, load_model, weight_files
+from models.folder import weight_files
+from models.load import empty_model, load_model
 from models.lora import LoRA, is_adapter
 from models.names import parameter_name
 from models.qwen_vl import image_features, with_image_features

@@ -322,8 +322,8 @@ def test_a_run_of_two_ranks_is_resumed_by_one_without_its_flags_of_ranks(two, tm
     """config.yaml has --timeout and --shard_size, which one rank has no use for: said if typed."""
     run = tmp_path / "run"
     shutil.copytree(two[0] / "copies", run)
-    with (run / "config.yaml").open("a") as file:
-        file.write("timeout: 60.0\n")
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("timeout: 1800.0", "timeout: 60.0"))
     again = ["--output_dir", str(run), "--resume_from_checkpoint", "auto", "--max_steps", "3"]
     assert train_cls.main(again) == 0
     assert "no effect" not in capsys.readouterr().out

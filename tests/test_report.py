@@ -198,7 +198,7 @@ DAMAGE = {
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "no metrics.jsonl"),
     "no YAML": (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml: cannot be"),
     "a list": (lambda run: (run / "config.yaml").write_text("- 1"), "holds no `flag: value`"),
-    "binary": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "binary": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "not UTF-8 text"),
     "metrics": (replaced("metrics.jsonl", b"}{\n"), "metrics.jsonl, line 3: damaged"),
     "a number": (replaced("metrics.jsonl", b"17\n"), "metrics.jsonl, line 3: damaged"),
     "a step": (replaced("metrics.jsonl", b'{"step": "x"}\n'), "step is 'x'"),
@@ -207,7 +207,7 @@ DAMAGE = {
     "answers": (replaced("eval-3.jsonl", b"[]\n", 1), "eval-3.jsonl, line 1"),
     "rewards": (replaced("eval-3.jsonl", LIST + b'"tokens": 1}\n', 1), "rewards is"),
     "frames": (lambda run: (run / "run.json").write_text('{"frames": 3}'), "run.json: damaged"),
-    "run.json": (lambda run: (run / "run.json").write_text("{"), "run.json: cannot be read"),
+    "run.json": (lambda run: (run / "run.json").write_text("{"), "run.json: not JSON"),
 }
 
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.cls import LONGEST_NAME, accuracy_reward, normalize, read_aliases, read_class
+from data.errors import UserError
+from rewards.cls import (
+    LONGEST_NAME,
+    accuracy_reward,
+    normalize,
+    read_aliases,
+    read_class,
+    unknown_classes,
+)
 from rewards.format import format_reward
 from rewards.parse import find_answer
 
@@ -657,7 +665,7 @@ def test_reads_aliases(tmp_path, table):
         ("{'rose': ['Rosa']}", "is not usable JSON"),
         ("[" * 100_000, "is not usable JSON"),
         ('{"rose": ["Rosa"]} x', "is not usable JSON"),
-        (b'{"rose": ["Ros\xe9"]}', "is not usable JSON.*utf-8"),
+        (b'{"rose": ["Ros\xe9"]}', "not UTF-8 text: line 1 holds the byte 0xe9"),
         ('{"rose": ["Rosa"], "rose": ["Rosaceae"]}', "a key is in it twice"),
         ("[]", "is not an object of classes: found \\[\\]"),
         ('"rose"', "is not an object of classes: found 'rose'"),
@@ -686,9 +694,20 @@ def test_a_broken_aliases_file_is_refused(tmp_path, content, problem):
 
 
 def test_an_aliases_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.json: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"gone\.json: missing: there is no such"):
         read_aliases(tmp_path / "gone.json")
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="not a regular file but a folder"):
         read_aliases(tmp_path)
     with pytest.raises(ValueError, match="null"):
         read_aliases("a\0b")
+
+
+def test_an_alias_that_is_a_class_of_the_data_set_is_refused_and_unknown_classes_are_named():
+    classes = ["rose", "Garden Phlox", "tulip"]
+    aliases = {"garden_phlox": ["Phlox paniculata", "garden phlox"], "daisy": ["Bellis"]}
+    assert unknown_classes(aliases, classes) == ["daisy"]
+    assert unknown_classes({}, classes) == []
+    with pytest.raises(UserError, match="'Tulip', an alias of 'rose', is a class too: .* remove"):
+        unknown_classes({"rose": ["Rosa", "Tulip"]}, classes)
+    with pytest.raises(UserError, match="'tulip' is a class and 'Tulipa' is none: write"):
+        unknown_classes({"Tulipa": ["tulip"]}, classes)

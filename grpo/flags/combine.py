@@ -115,6 +115,8 @@ CONTRADICTIONS = (
     ),
 )
 
+TOKENS = 2e9  # of a step's completions: each has a random number in memory
+
 ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
 ON_POLICY = {"cispo": "dapo", "sapo": "grpo"}  # whose gradient it is where every ratio is 1
 
@@ -131,6 +133,12 @@ def check_combinations(config) -> None:
         wanted = " or ".join(str(one) for one in allowed)
         needs = f"--{other}" if allowed == (True,) else f"--{other} {wanted}, not {found}"
         raise UserError(f"{_typed(flag, value)} needs {needs}: {why}")
+    tokens = config.prompts_per_step * config.num_generations * config.max_completion_length
+    if tokens > TOKENS:
+        raise UserError(
+            f"--prompts_per_step x --num_generations x --max_completion_length are up to "
+            f"{tokens:.1e} tokens a step, and at most {TOKENS:.0e} are sampled"
+        )
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.loss_type == "cispo" and (config.epsilon_high is None or high <= 1):
         raise UserError(

@@ -47,6 +47,8 @@ def main() -> None:
         "comparison.html in the current one",
     )
     arguments = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding lacks
+        stream.reconfigure(errors="backslashreplace")
     # A report fetches nothing: a data set of the hub is read from what the run left on the disk.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

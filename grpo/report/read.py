@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from data.errors import UserError
+from data import files
+from data.errors import UserError, shown
 
 _GROUP = re.compile(rb'\{"step": (\d+), "prompt": (\d+), "sample": \d+, ')  # as folder.py writes it
 _TYPES = {  # of a record's values; a number that was not finite is None
@@ -80,16 +81,19 @@ class RunRecord:
 
 def read_run(folder: Path) -> RunRecord:
     """The run in `folder`. Raises UserError if there is none, or a file of it is damaged."""
+    if why := files.impossible(folder):
+        raise UserError(f"{shown(str(folder))}: {why}")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise UserError(f"{folder}: not the folder of a run: it has no {name}")
+    text = files.read_text(folder / "config.yaml")
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
         config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = str(error)[: files.SHOWN]
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {what}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: holds no `flag: value` lines")
     training, evaluations = [], []
@@ -121,9 +125,9 @@ def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
     """
     objects = []
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        lines = files.read_bytes(path, files.TABLE).split(b"\n")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     for number, line in enumerate(lines, 1):
         if number == len(lines):  # after the last newline: empty, or a line not yet complete
             break
@@ -135,7 +139,7 @@ def _object(line: bytes, needed: tuple[str, ...], where: str) -> dict:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: damaged, not JSON: {error}") from error
+        raise UserError(f"{where}: damaged, not JSON: {str(error)[: files.SHOWN]}") from error
     if not isinstance(value, dict) or any(name not in value for name in needed):
         raise UserError(f"{where}: damaged, no object with {', '.join(needed)}")
     for name in needed:
@@ -146,21 +150,21 @@ def _object(line: bytes, needed: tuple[str, ...], where: str) -> dict:
 
 def read_findings(path: Path) -> list[tuple[int, str]]:
     """(step, text) of each finding in diagnosis.txt, in its order; none without the file."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = files.read_bytes(path, files.IMAGE).decode("utf-8", errors="replace")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     parts = re.split(r"^step (\d+): ", text, flags=re.MULTILINE)
     return [(int(step), body.strip()) for step, body in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _read_about(path: Path) -> dict:
     """run.json; nothing for a run of an older version, which has none."""
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    about = files.read_json(path)
     types = {"steps": int, "frames": dict | None}
     if not isinstance(about, dict) or any(
         not isinstance(about.get(name), type_) for name, type_ in types.items()
@@ -174,11 +178,11 @@ def _status(folder: Path, done: int, steps: int | None) -> str:
     if (folder / "final").is_dir() and done >= (steps or 0):
         return "finished"
     try:  # a run holds .lock while it lives
-        with (folder / ".lock").open("rb") as file:
+        with files.regular(folder / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return "running"
-    except OSError:  # no such file, or a file system without locks
+    except (OSError, UserError):  # no such file, or a file system without locks
         pass
     return "stopped"
 
@@ -193,7 +197,8 @@ class Completions:
     def __init__(self, path: Path):
         self.path = path
         self._bytes: dict[tuple[int, int], tuple[int, int]] = {}  # (step, prompt) -> start, end
-        if path.is_file():
+        if path.exists():
+            files.regular(path)
             for group, start, end in self._scan():
                 begin = self._bytes.get(group, (start, end))[0]
                 self._bytes[group] = (begin, end)

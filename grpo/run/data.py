@@ -10,6 +10,7 @@ from pathlib import Path
 from data.check import load_splits
 from data.rows import Row, SplitRows
 from grpo.engine.ranks import Ranks
+from grpo.run.dry import look_further
 from models.config import QwenVLConfig
 from models.load import check_checkpoint, find_folder
 from models.processor import Processor
@@ -21,8 +22,8 @@ class Data:
 
     rows: to train on. held_out: to measure with, may be empty. Both have their `faults`. folder: of
     the model. sizes: its config, and how many parameters it has in all and in the vision tower.
-    eval_samples: --eval_samples. lengths: tokens of each prompt of both splits, once the rows are
-    checked.
+    eval_samples: --eval_samples. notes: further lines of the plan. lengths: tokens of each prompt
+    of both splits, once the rows are checked.
     """
 
     rows: SplitRows
@@ -31,6 +32,7 @@ class Data:
     folder: Path
     sizes: tuple[QwenVLConfig, int, int]
     eval_samples: int | None
+    notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
     @property
@@ -51,8 +53,8 @@ class Data:
 def load_data(config, ranks: Ranks) -> Data:
     """Finds the model's folder, reads its processor and both splits, and checks every image.
 
-    Raises UserError as `find_folder`, `Processor`, `check_checkpoint` and `load_splits`; what is
-    wrong with single rows is in `SplitRows.faults`.
+    A dry run looks further (grpo/run/dry.py). Raises UserError as `find_folder`, `Processor`,
+    `check_checkpoint` and `load_splits`; what is wrong with single rows is in `SplitRows.faults`.
     """
     folder = find_folder(config.model_name_or_path)
     processor = Processor(
@@ -60,4 +62,5 @@ def load_data(config, ranks: Ranks) -> Data:
     )
     sizes = check_checkpoint(folder)
     rows, held_out = load_splits(config, processor, ranks.progress)
-    return Data(rows, held_out, processor, folder, sizes, config.eval_samples)
+    notes = look_further(config, folder, len(rows), ranks.device) if config.dry_run else []
+    return Data(rows, held_out, processor, folder, sizes, config.eval_samples, notes)

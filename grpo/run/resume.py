@@ -14,7 +14,7 @@ from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
 from grpo.run.checkpoint import State
 from grpo.run.seal import FILES, hashes, read_sealed
-from models.load import weight_files
+from models.folder import weight_files
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:

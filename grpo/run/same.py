@@ -21,7 +21,7 @@ from data.errors import UserError
 from data.files import MB
 from data.rows import fingerprint
 from grpo.engine.ranks import Ranks
-from models.load import PROCESSOR_FILES, weight_files
+from models.folder import PROCESSOR_FILES, weight_files
 from models.lora import SETTINGS, WEIGHTS
 
 # Flags that name places: what is read there is compared in their stead.

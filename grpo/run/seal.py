@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.files import TABLE, read_json
-from models.load import INDEX, load_slices, weight_files
+from models.folder import INDEX, weight_files
+from models.load import load_slices
 
 FILES, OWN = "files", "sha256"  # keys of state.json beside those of `State`
 MODEL, MOMENTS = "", "optimizer"  # subfolders with tensors
