@@ -44,7 +44,8 @@ def test_modules_and_flags_that_are_named_exist(page):
         "rdzv_endpoint",
         "max_restarts",
     }  # torchrun
-    others |= {"shutdown", "no", "target"}  # --shutdown-timeout, pip's --no-deps and --target
+    others |= {"shutdown", "signals"}  # torchrun's --shutdown-timeout and --signals-to-handle
+    others |= {"no", "target"}  # pip's --no-deps and --target
     others |= {"git", "emulated"}  # a diff's first line, pytest's --emulated-gpu
     elsewhere = set(re.findall(r'^    "(\w+)": "', code, flags=re.MULTILINE))
     for name in re.findall(r"--([a-z]\w+)", text):
