@@ -39,7 +39,7 @@ def test_it_looks_at_the_checkpoint_to_resume_from(tmp_path, plain, capsys):
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoint-2")
     assert train_cls.main([*argv, *again, "auto"]) == 0
-    assert f"run       resumes {run / 'checkpoint-1'}, step 1" in capsys.readouterr().out
+    assert f"resumes   {run / 'checkpoint-1'}, step 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="--seed: 0 then, 5 now"):
         train_cls.main([*argv, *again, "auto", "--seed", "5"])
     (run / "checkpoint-1" / "optimizer" / "model.safetensors").unlink()

@@ -234,7 +234,7 @@ def test_splits_and_classes_are_not_taken_for_each_other(drawings, tmp_path):
     assert len(rows) == 25 and sum(row.solution == first.name for row in rows) == 7
     (second / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     rows, _ = splits_of(linked, test_share=0.0)
-    assert [fault.found for fault in rows.faults] == ["missing: there is no such file"]
+    assert [f.found for f in rows.faults] == ["missing: a link to a file that is not there"]
     (second / "gone.jpg").unlink()
     (second / "phone.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(20))
     rows, _ = splits_of(linked, test_share=0.0)

@@ -277,11 +277,13 @@ def test_a_data_set_that_is_gone_leaves_a_report_without_images(tmp_path):
         'src="data:' not in page.replace(get_plotlyjs(), "")
         and page.count('class="no-picture"') == 2 + 6
     )
-    rows = [{"image": "a.png", "problem": "What?", "solution": "<answer>a</answer>"}]
+    row = {"problem": "What?", "solution": "<answer>a</answer>"}
+    rows = [{"image": "a.png", **row}, {"image": "b.png", **row}]
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "b.png").write_bytes(b"another")
     for split in ("train", "test"):
         (tmp_path / "photos" / f"{split}.json").write_text(json.dumps(rows))
-    page = run_page(read_run(folder))  # there again, with fewer rows and without the image
+    page = run_page(read_run(folder))  # there again, with fewer rows and without an image
     assert "an image is missing: row 0" in page and "rows are missing" in page
 
 

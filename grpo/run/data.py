@@ -10,7 +10,7 @@ from pathlib import Path
 from data.check import load_splits
 from data.rows import Row, SplitRows
 from grpo.engine.ranks import Ranks
-from grpo.run.dry import look_further
+from grpo.run.dry import look_at_weights
 from models.config import QwenVLConfig
 from models.load import check_checkpoint, find_folder
 from models.processor import Processor
@@ -53,7 +53,7 @@ class Data:
 def load_data(config, ranks: Ranks) -> Data:
     """Finds the model's folder, reads its processor and both splits, and checks every image.
 
-    A dry run looks further (grpo/run/dry.py). Raises UserError as `find_folder`, `Processor`,
+    A dry run looks at the weights, too (grpo/run/dry.py). Raises UserError as `find_folder`, `Processor`,
     `check_checkpoint` and `load_splits`; what is wrong with single rows is in `SplitRows.faults`.
     """
     folder = find_folder(config.model_name_or_path)
@@ -62,5 +62,5 @@ def load_data(config, ranks: Ranks) -> Data:
     )
     sizes = check_checkpoint(folder)
     rows, held_out = load_splits(config, processor, ranks.progress)
-    notes = look_further(config, folder, len(rows), ranks.device) if config.dry_run else []
+    notes = look_at_weights(folder) if config.dry_run else []
     return Data(rows, held_out, processor, folder, sizes, config.eval_samples, notes)
