@@ -278,7 +278,7 @@ def test_a_data_set_that_is_gone_leaves_a_report_without_images(tmp_path):
         and page.count('class="no-picture"') == 2 + 6
     )
     row = {"problem": "What?", "solution": "<answer>a</answer>"}
-    rows = [{"image": "a.png", **row}, {"image": "b.png", **row}]
+    rows = [{"images": ["a.png", "b.png"], **row}]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "b.png").write_bytes(b"another")
     for split in ("train", "test"):

@@ -53,8 +53,9 @@ class Data:
 def load_data(config, ranks: Ranks) -> Data:
     """Finds the model's folder, reads its processor and both splits, and checks every image.
 
-    A dry run looks at the weights, too (grpo/run/dry.py). Raises UserError as `find_folder`, `Processor`,
-    `check_checkpoint` and `load_splits`; what is wrong with single rows is in `SplitRows.faults`.
+    A dry run looks at the weights, too (grpo/run/dry.py). Raises UserError as `find_folder`,
+    `Processor`, `check_checkpoint` and `load_splits`; what is wrong with single rows is in
+    `SplitRows.faults`.
     """
     folder = find_folder(config.model_name_or_path)
     processor = Processor(
