@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.rows import SplitRows
-from data.splits import is_layout, splits_among
+from data.splits import is_layout, says_nothing, splits_among
 from data.wording import LISTED, Wording, check_names
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -49,13 +49,16 @@ def find(path: Path) -> dict[str, Path]:
         if others:
             first = splits.get("train") or next(iter(splits.values()))
             raise UserError(
-                f"{path}: {first.name} has class folders, and {others[0]} is no split with class "
-                f"folders: give --dataset_name {first}, or move {others[0]} elsewhere"
+                f"{path}: {first.name} is a split with class folders, and {others[0]} is none: give "
+                f"--dataset_name {first}, or move {others[0]} elsewhere"
             )
         return {split: roots[folder] for split, folder in splits.items()}
     if len(inside) == 1 and with_photographs(inside[0]):
         return find(inside[0])
-    if never := [f for f in inside if f.name in named or is_layout(f.name)]:
+    never = [f for f in inside if f.name in named or is_layout(f.name)]
+    if inside and all(says_nothing(f.name) for f in inside):  # original, augmented
+        never = inside
+    if never:
         raise UserError(_no_classes(path, inside, never))
     _refuse_parents(path, inside)
     return {"train": path} if inside else {}
@@ -68,7 +71,9 @@ def _refuse_parents(path: Path, classes: list[Path]) -> None:
         return
     deeper = [{folder.name for folder in with_photographs(each)} for each in classes]
     loose = any(is_photograph(f) for each in classes for f in files(each, depth=1))
-    if same := set.intersection(*deeper) if not loose else set():
+    same = set.intersection(*deeper) if not loose else set()
+    alone = all(len(names) == 1 for names in deeper) and any(map(is_layout, same))
+    if same and not alone:  # n01443537/images/ alone is that class's folder
         shown, one = ", ".join(sorted(same)[:3]), sorted(same)[0]
         text = (
             f"{path}: {classes[0].name}, {classes[1].name} have the same folders in them ({shown})"

@@ -177,10 +177,24 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             return "folders", splits
         found = unread.what_it_is(path)
     except UserError as error:
+        inner = [folder for folder in folders.folders(path) if _is_annotated(folder)]
+        if len(inner) > 1:
+            names = ", ".join(folder.name for folder in inner[:5])
+            raise UserError(
+                f"{path}: several data sets, {names}: give --dataset_name one"
+            ) from error
         found = f"{path}: {tool}" if (tool := unread.tool_of(path)) else str(error)
     tables_beside = [file for kind in tables.CSV for file in sorted(path.glob(f"*{kind}"))]
     hints = [tables.why_no_table(file) for file in tables_beside[:2]]
     raise UserError("\n".join([_convert(path) or found, *hints]))
+
+
+def _is_annotated(path: Path) -> bool:
+    """Whether a folder is a data set with boxes of its own."""
+    try:
+        return any(form.find(path) for form in FORMS.values())
+    except UserError:
+        return False
 
 
 def _convert(path: Path) -> str:

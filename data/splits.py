@@ -74,6 +74,12 @@ def is_layout(name: str) -> bool:
     return says and all(map(_says_nothing, words))
 
 
+def says_nothing(name: str) -> bool:
+    """Whether a name has words, and none that a class could have."""
+    words = words_of(name)
+    return bool(words) and all(map(_says_nothing, words))
+
+
 def _says_nothing(word: str) -> bool:
     """Whether a word is no class's."""
     return bool(word in SPLITS or BESIDE.fullmatch(word) or LAYOUT.fullmatch(word))

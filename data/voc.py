@@ -165,6 +165,8 @@ def _object(thing: ElementTree.Element, number: int) -> tuple[str, list[float], 
     name = (thing.findtext("name") or "").strip()
     if not name:
         raise UserError(f"object {number} has no name")
+    if thing.find("bndbox") is None:
+        raise UserError(f"object {number}, {name}, has no bndbox")
     texts = [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
         corners = [float(text) for text in texts]
@@ -172,6 +174,10 @@ def _object(thing: ElementTree.Element, number: int) -> tuple[str, list[float], 
         raise UserError(f"object {number}, {name}: the corners {texts} are no numbers") from None
     if not annotations.is_box(corners):
         raise UserError(f"object {number}, {name}: the corners {texts} are no numbers")
+    if corners[0] >= corners[2] or corners[1] >= corners[3]:
+        raise UserError(
+            f"object {number}, {name}: the corners {texts} have no area, or are swapped"
+        )
     difficult = annotations.crowd(thing.findtext("difficult"))
     if difficult not in (0, 1):
         raise UserError(f"object {number}, {name}: difficult is {difficult!r}, not 0 or 1")

@@ -23,6 +23,7 @@ from data.splits import is_layout, split_of
 from data.wording import Wording
 
 NAME_FILES = ("classes.txt", "obj.names", "*.names", "_darknet.labels", "labels/classes.txt")
+NAME_FILES += ("*/_darknet.labels", "*/classes.txt")
 IN_IMAGES = ("images", "jpegimages")  # what is called labels/ for the text files
 ENTRIES = {"train": "train", "val": "validation", "valid": "validation", "test": "test"}
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from data.errors import UserError
 from rewards.boxes import corners_of, short
 
 FRAMES = {
@@ -37,7 +38,8 @@ _WORDS = {
     ),
     "resized": re.compile(r"\bresized\b", re.IGNORECASE),
     "pixels": re.compile(
-        r"\bpixels\b|\bpixel (?:coordinate|position|value|unit)|\bin px\b|\babsolute coordinate",
+        r"\bin (?:absolute )?pixels\b|\bpixel (?:coordinate|position|value|unit)|\bin px\b"
+        r"|\bpixels of\b|\(pixels\)|\bcoordinates?\b[^.]{0,30}\bpixels\b|\babsolute coordinate",
         re.IGNORECASE,
     ),
 }
@@ -75,8 +77,11 @@ class _Boxes:
 
     def outside(self, name: str) -> bool:
         """Whether a box reaches out of a frame."""
-        (x, y), (w, h) = self.reach, self.frames[name]
-        return x > w or y > h
+        return not self.lies_in(self.frames[name])
+
+    def lies_in(self, size: tuple) -> bool:
+        """Whether all boxes lie in an image of this (width, height)."""
+        return self.reach[0] <= size[0] and self.reach[1] <= size[1]
 
     def at_edge(self, name: str) -> bool:
         """Whether the boxes end at the frame's right or lower edge, give or take 1."""
@@ -100,8 +105,12 @@ def frames_of(size: tuple[int, int], resized: Callable) -> dict[str, tuple[float
 
 
 def guess_frame(rows, resized: Callable) -> Guess:
-    """What the solutions of these rows count. rows: a data/rows.py SplitRows with its sizes."""
-    found = []
+    """What the solutions of these rows count. rows: a data/rows.py SplitRows with its sizes.
+
+    Raises UserError if boxes of most rows lie in images of the size that the columns width and
+    height say, and the images have another.
+    """
+    found, other = [], []
     for row in rows.sound:
         if corners := corners_of(row.solution):
             size = rows.sizes[row.index][0] if rows.sizes else row.size
@@ -110,6 +119,16 @@ def guess_frame(rows, resized: Callable) -> Guess:
             form = "thousandths" if _IN_THOUSANDTHS.search(row.found) else ""
             words = asked_for(row.problem)
             found.append(_Boxes(row.index, corners, frames, words, columns, form))
+            if row.declared and not columns and found[-1].lies_in(row.declared):
+                other.append((row, size))
+    if len(other) > len(found) / 2:
+        row, (w, h) = other[0]
+        raise UserError(
+            f"{rows.name}: the columns width and height of {len(other)} rows are not the images': "
+            f"row {row.index} ({row.where}) says {row.declared[0]:g} x {row.declared[1]:g}, and "
+            f"the image has {w} x {h}. If boxes count pixels of the other size, scale them, or put "
+            f"the images of that size in place; else say what they count with --data_frame"
+        )
     return weigh(found)
 
 

@@ -76,6 +76,11 @@ _UNREAD = {
         rf"|\bx_?(?:1|min)\s*[:=]\s*{_N}.*\by_?(?:1|min)\s*[:=]"
         rf"|^\s*{_N}(?:\s*,\s*{_N}){{4,}}\s*$"
     ),
+    "four numbers with a name or a unit beside them": (
+        rf"^(?:[^\W\d][^\d]*[\s:=,(\[（])?[\s(\[（]*{_N}(?:px|%)?"
+        rf"(?:(?:[\s,;|/()\[\]（），]|to)+{_N}(?:px|%)?){{3,}}[\s)\]）]*"
+        r"(?:[\s,;:]+[^\W\d][^\d]*)?$"
+    ),
 }
 _UNREAD = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _UNREAD.items()}
 
@@ -151,13 +156,15 @@ def _read(solution: str, answer: str) -> Reading:
             "it has box_2d, which Gemini writes with y before x: write bbox_2d with x1, y1, x2, y2"
         )
     value = _value(answer)
+    if isinstance(value, tuple) and len(value) == 2 and all(map(_is_pair, value)):
+        value = [*value[0], *value[1]]  # ((x1, y1), (x2, y2))
     if isinstance(value, dict | list):
         return _of_value(value)
+    if _is_yolo(answer):
+        raise UserError("it is YOLO's lines, shares of the image around a box's centre")
     for name, pattern in _UNREAD.items():
         if pattern.search(answer[:SEARCHED]):
             raise UserError(f"it is {name}")
-    if _is_yolo(answer):
-        raise UserError("it is YOLO's lines, shares of the image around a box's centre")
     if looks_like_boxes(answer):
         raise UserError("it is no list of boxes")
     return Reading("class", solution)
@@ -277,6 +284,10 @@ def _lists_of_four(value) -> list[list[float]]:
     return found
 
 
+def _is_pair(item) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and all(map(_is_number, item))
+
+
 def _is_pairs(item) -> bool:
     """Whether a list that is no box holds x and y of points, in lists or one after the other."""
     numbers = isinstance(item, list | tuple) and all(map(_is_number, item))
@@ -319,8 +330,10 @@ def _in_dict(item) -> list[_Found]:
 
 def _value(text: str):
     """What JSON, or a Python literal, holds; None if the text is neither."""
-    if not text.startswith(("[", "{")):
+    if not text.startswith(("[", "{", "((")):
         return None
+    if not re.search("[a-zA-Z]", text):
+        text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # CogVLM's 010
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -343,6 +343,8 @@ ALSO = {
     "what systems leave behind": (
         lambda f: tree(classes(f, "."), "@eaDir/0.jpg cup/@eaDir/1.jpg __MACOSX/cup/._0.jpg"), CLS,
         REDS, 2, "2 classes, 6 photographs"),
+    "a folder images in each class": (
+        lambda f: tree(f, "cup/images/0.jpg jug/images/1.jpg"), CLS, {"cup", "jug"}, 0, None),
     "seg_train/seg_train": (
         lambda f: classes(f, "seg_train/seg_train", "seg_test/seg_test"), CLS, REDS, 6, None),
     "WordNet ids before the names": (
@@ -430,6 +432,13 @@ REFUSED = {
         lambda f: tree(f, "trainA/0.jpg trainB/1.jpg testA/2.jpg testB/3.jpg"), "no class folders"),
     "folders above the classes": (
         lambda f: classes(f, "color", "grey"), "color, grey have the same folders in them \\(cup"),
+    "two data sets in a folder": (
+        lambda f: voc(voc(f, "VOC2007/images", "VOC2007/xml"), "VOC2012/images", "VOC2012/xml"),
+        "several data sets, VOC2007, VOC2012: give --dataset_name one"),
+    "VOC with swapped corners": (
+        lambda f: voc(f, thing=THING.replace("<xmax>24", "<xmax>2")), "object 1, cup: the corners"),
+    "folders that say nothing": (
+        lambda f: tree(f, "original/0.jpg augmented/1.jpg"), "no class folders"),
     "masks in class folders": (
         lambda f: tree(f, "cup/images/0.jpg cup/masks/1.jpg jug/images/2.jpg jug/masks/3.jpg"),
         "which are no classes: put the photographs of each class straight into"),

@@ -212,7 +212,7 @@ def test_splits_and_classes_are_not_taken_for_each_other(drawings, tmp_path):
     class_folders(expected, photos / "train")
     (photos / "test").mkdir()
     draw(SPECIES[0], "test/0").save(photos / "test" / "a.png")
-    with pytest.raises(ValueError, match="train has class folders, and test is no split with"):
+    with pytest.raises(ValueError, match="train is a split with class folders, and test is none"):
         load(str(photos), "train")
     (photos / "test" / "a.png").unlink()
     (photos / "cat_to_name.json").write_text('{"1": "rose"}')

@@ -137,6 +137,7 @@ GUESSED = {
     "at its lower edge": ([*IN_640, "[1, 2, 64, 479.5]"], {}, "pixels", True, "end at the edge"),
     "columns": (IN_640, SIZES, "pixels", True, "columns width and height"),
     "columns of another size": (IN_640, {"width": 64, "height": 48}, "pixels", False, "fit it"),
+    "dead pixels": (IN_1000, {"problem": "Find dead pixels"}, "thousandths", True, "as pixels, 2"),
     "columns beside thousandths": (IN_1000, SIZES, "thousandths", True, "as pixels, 2 of 3"),
     "words": (IN_640, {"problem": "Box (0-1000)?"}, "thousandths", True, "the problems say so"),
     "words for pixels": (IN_640, {"problem": "pixel coordinates"}, "pixels", True, "say so"),
@@ -169,6 +170,12 @@ def test_what_solutions_count_is_guessed(name):
     guess = guess_frame(rows_of(solutions, **about), resized=half)
     assert (guess.frame, guess.sure) == (frame, sure), guess
     assert reason in str(guess) and ("guessed" in str(guess)) == (bool(reason) and not sure)
+
+
+def test_columns_of_images_that_were_shrunk_are_refused():
+    rows = rows_of(IN_640, size=(320, 240), **SIZES)
+    with pytest.raises(ValueError, match="row 0 .* says 640 x 480, and the image has 320 x 240"):
+        guess_frame(rows, resized=half)
 
 
 def test_pixels_of_the_resized_image_are_guessed_if_nothing_else_is_likely():
