@@ -85,7 +85,8 @@ def read_bytes(path: str | os.PathLike, at_most: int) -> bytes:
         raise UserError(reason)
     try:
         with open(path, "rb") as file:
-            data = file.read(at_most)
+            # no more than it has: `read` reserves all that it is asked for
+            data = file.read(min(at_most, os.fstat(file.fileno()).st_size + 1))
     except OSError as error:
         raise UserError(f"unreadable: {error.strerror}") from error
     if data.startswith(POINTER):

@@ -49,8 +49,8 @@ def find(path: Path) -> dict[str, Path]:
         if others:
             first = splits.get("train") or next(iter(splits.values()))
             raise UserError(
-                f"{path}: {first.name} is a split with class folders, and {others[0]} is none: give "
-                f"--dataset_name {first}, or move {others[0]} elsewhere"
+                f"{path}: {first.name} is a split with class folders, and {others[0]} is none: "
+                f"give --dataset_name {first}, or move {others[0]} elsewhere"
             )
         return {split: roots[folder] for split, folder in splits.items()}
     if len(inside) == 1 and with_photographs(inside[0]):

@@ -6,6 +6,7 @@ file of its name. Not here: whether the rows are sound (data/check.py).
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,17 +173,15 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
             return form, splits
     if found:
         return "tables", found
+    inner = [folder for folder in folders.folders(path)[:5] if _is_annotated(folder)]
+    if len(inner) > 1:
+        names = ", ".join(folder.name for folder in inner)
+        raise UserError(f"{path}: several data sets, {names}: give --dataset_name one")
     try:
         if splits := folders.find(path):
             return "folders", splits
         found = unread.what_it_is(path)
     except UserError as error:
-        inner = [folder for folder in folders.folders(path) if _is_annotated(folder)]
-        if len(inner) > 1:
-            names = ", ".join(folder.name for folder in inner[:5])
-            raise UserError(
-                f"{path}: several data sets, {names}: give --dataset_name one"
-            ) from error
         found = f"{path}: {tool}" if (tool := unread.tool_of(path)) else str(error)
     tables_beside = [file for kind in tables.CSV for file in sorted(path.glob(f"*{kind}"))]
     hints = [tables.why_no_table(file) for file in tables_beside[:2]]
@@ -214,7 +213,7 @@ def _is_local(path: Path) -> bool:
 
     Raises UserError for what can only be a path and does not exist.
     """
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where a folder above may not be read
         return True
     if path.is_absolute() or len(path.parts) > 2 or path.suffix in tables.SUFFIX:
         raise UserError(f"--dataset_name {path}: no such file or folder")

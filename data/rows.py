@@ -69,8 +69,12 @@ class Row:
 
     @cached_property
     def image_keys(self) -> tuple[str, ...]:
-        """A content hash per image, equal for equal images."""
-        return tuple(content_key(image) for image in self.images)
+        """A content hash per image, equal for equal images. Raises ImageFault for one that cannot
+        be read."""
+        try:
+            return tuple(content_key(image) for image in self.images)
+        except UserError as error:
+            raise ImageFault(f"row {self.index} ({self.where}): {error}") from error
 
     def prompt(self, processor):
         """The row as a prompt for the model (models/processor.py). Raises ImageFault as

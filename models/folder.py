@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def _named_in(index: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data.check
-from data import scenes
+from data import files, scenes
 from data.check import cache_file, check_images, check_rows, refuse
 from data.flowers import SPECIES, draw, rows, thinking
 from data.images import open_image
@@ -129,6 +130,15 @@ def test_a_broken_file_is_one_message(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load(str(tmp_path / name), "train")
+
+
+def test_a_small_file_takes_little_memory_however_much_may_be_read(tmp_path):
+    """`read` reserves what it is asked for."""
+    (tmp_path / "a.json").write_text("[]")
+    tracemalloc.start()
+    assert files.read_json(tmp_path / "a.json", files.TABLE) == []
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 def test_reading_writes_nothing_beside_the_data(pictures, tmp_path):

@@ -546,6 +546,30 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, whole, capsys)
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, whole, monkeypatch):
+    """It may be whole: a network file system that hiccups must not cost it. macOS' files do not
+    count."""
+    run = copied(whole, tmp_path / "run", "final")
+    (run / "checkpoint-3" / "._model.safetensors").write_bytes(b"macOS")
+    opened, tries = Path.open, []
+
+    def hiccup(path, *mode, **more):
+        if path.name == "model.safetensors" and mode == ("rb",) and len(tries) < failing:
+            tries.append(path)
+            raise OSError(116, "Stale file handle")
+        return opened(path, *mode, **more)
+
+    monkeypatch.setattr("grpo.run.seal.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Path, "open", hiccup)
+    failing = 12
+    with pytest.raises(UserError, match="checkpoint-3/.*model.safetensors: cannot be read: try"):
+        train(run, "--resume_from_checkpoint", "auto", "--max_steps", "4")
+    assert not list(run.glob("abandoned-*"))
+    tries.clear()
+    failing = 2
+    assert len(train(run, "--resume_from_checkpoint", "auto")) == len(read_steps(whole))
+
+
 def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, whole):
     run = copied(whole, tmp_path / "run", "checkpoint-3", "final")
     where = run / "checkpoint-2" / "state.json"

@@ -1,6 +1,7 @@
 """How processes become the ranks of a run: the environment, ranks that do not come, what they
 compare; and signals. Several ranks at work are in tests/test_ranks.py."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,13 +12,14 @@ import pytest
 import torch.distributed as dist
 
 import grpo.engine.ranks
+import train_cls
 from data.errors import UserError
 from grpo.engine.join import VARIABLES, place
 from grpo.engine.ranks import leave_unjoined, start
 from grpo.run import exits
 from grpo.run.exits import StopSignal
 from grpo.run.folder import check_output
-from grpo.run.same import check_same
+from grpo.run.same import check_same, own_settings
 
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -128,15 +130,17 @@ def ranks_with(*tables: dict) -> SimpleNamespace:
         others = [{"host": f"node-{r}", "table": table} for r, table in enumerate(tables, 1)]
         return [own | {"host": "node-0"}, *others]
 
-    return SimpleNamespace(world=1 + len(tables), share=share)
+    return SimpleNamespace(world=1 + len(tables), share=share, working=contextlib.nullcontext)
 
 
 def test_what_differs_among_ranks_is_named_with_ranks_and_values():
-    check_same(ranks_with(), "x", {"--seed": 1})
-    check_same(ranks_with({"--seed": "1"}, {"--seed": "1"}), "x", {"--seed": 1})
+    check_same(ranks_with(), "x", lambda: {"--seed": 1})
+    check_same(ranks_with({"--seed": "1"}, {"--seed": "1"}), "x", lambda: {"--seed": 1})
     others = {"--seed": "2", "torch": "2.13", "same": "a"}
     with pytest.raises(UserError) as caught:
-        check_same(ranks_with(others, others, {"same": "a"}), "x", {"--seed": 1, "same": "a"})
+        check_same(
+            ranks_with(others, others, {"same": "a"}), "x", lambda: {"--seed": 1, "same": "a"}
+        )
     lines = str(caught.value).splitlines()
     assert lines[0] == "the ranks of this run are not the same:"
     assert lines[1] == (
@@ -157,9 +161,22 @@ def test_long_values_that_differ_at_their_ends_are_told_apart_and_cut():
         return [own, {"host": "h", "table": {"what is paid for": "a" * 72 + "... (0)"}}]
 
     with pytest.raises(UserError) as caught:
-        check_same(SimpleNamespace(world=2, share=share), "x", mine)
+        check_same(
+            SimpleNamespace(world=2, share=share, working=contextlib.nullcontext), "x", lambda: mine
+        )
     assert len(str(caught.value)) < 500
-    check_same(ranks_with(seen), "x", mine)
+    check_same(ranks_with(seen), "x", lambda: mine)
+
+
+def test_the_sources_are_compared_without_an_editor_s_locks(tmp_path, monkeypatch):
+    """Emacs leaves a link to nowhere beside each file that is being edited."""
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "__init__.py").write_text("")
+    (tmp_path / "grpo" / ".#loss.py").symlink_to("user@host.123")
+    monkeypatch.setattr(grpo, "__file__", str(tmp_path / "grpo" / "__init__.py"))
+    table = own_settings(train_cls.Config(run_name="a"), None)
+    assert "grpo/__init__.py" in table and "--seed" in table
+    assert not any("#" in name for name in table) and "--run_name" not in table
 
 
 # ---- the folder's name, signals ------------------------------------------------------------------

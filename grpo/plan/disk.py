@@ -80,10 +80,12 @@ def room(config: TrainingConfig, disk: Disk) -> list[str]:
     own, left_behind = _written(folder, "checkpoint-*"), _written(folder, ".*.partial")
     free = shutil.disk_usage(parent).free + left_behind
     line += f", {_gb(free)} free"
-    if free < disk.certain:
+    # of a run that is resumed, some checkpoints may be there, and final/ alone be left to write
+    certain = disk.final if config.resume_from_checkpoint else disk.certain
+    if free < certain:
         raise UserError(
             f"--output_dir {folder}: {_gb(free)} are free on the disk of {parent}, and at the "
-            f"least {_gb(disk.certain)} are needed ({', '.join(parts)}): free space, or name a "
+            f"least {_gb(certain)} are needed ({', '.join(parts)}): free space, or name a "
             f"folder on another disk"
         )
     if free + own < disk.at_most(limit):

@@ -119,8 +119,12 @@ def _check_whole(folder: Path, ranks: Ranks) -> tuple[dict, str | None]:
     own = dict(zip(mine, hashes(folder, mine), strict=True))
     wrong = {name: one for name, one in own.items() if one != files[name]}
     for name, one in (item for of_rank in ranks.gather([wrong]) for item in of_rank.items()):
-        why = "not what was saved: its checksum differs" if one else "cannot be read"
-        return {}, f"{folder / name}: {why}"
+        if not one:  # it may be whole: nothing is decided without it
+            raise UserError(
+                f"{folder / name}: cannot be read: try again, or name another checkpoint with "
+                f"--resume_from_checkpoint"
+            )
+        return {}, f"{folder / name}: not what was saved: its checksum differs"
     return saved, None
 
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from models.lora import SETTINGS, WEIGHTS
 
 # Flags that name places: what is read there is compared in their stead.
 PLACES = ("model_name_or_path", "dataset_name", "aliases", "adapter_name_or_path", "output_dir")
+PLACES += ("run_name", "report_to")  # the main rank alone has a use for them
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "safetensors")
 ROOMS = ("grpo", "models", "rewards", "data")  # folders of our own sources
 SHOWN = 12  # differences in a message
@@ -34,15 +35,17 @@ PATIENCE = 20.0  # seconds in which a folder shows up on another node's network 
 PIECES, PIECE = 256, 4096  # of a larger one, and bytes of each
 
 
-def check_same(ranks: Ranks, what: str, table: dict[str, object]) -> None:
+def check_same(ranks: Ranks, what: str, read: Callable[[], dict[str, object]]) -> None:
     """Compares a table, name -> value, among ranks; every rank must call it.
 
-    what: a name of this comparison, for the store. Raises the same UserError on every rank if
+    what: a name of this comparison, for the store. read: makes the table; of one rank it is not
+    called. Raises the same UserError on every rank if
     values differ: each by its name, with the ranks that have it.
     """
     if ranks.world == 1:
         return
-    mine = {name: _short(value) for name, value in table.items()}
+    with ranks.working():
+        mine = {name: _short(value) for name, value in read().items()}
     tables = ranks.share(what, {"host": socket.gethostname(), "table": mine})
     names = dict.fromkeys(name for other in tables for name in other["table"])
     lines = []
@@ -117,6 +120,7 @@ def own_settings(config, settings: Path | None) -> dict[str, object]:
     table["torch"] = torch.__version__  # with its build: +cpu, +cu128
     root = Path(grpo.__file__).resolve().parent.parent
     sources = [path for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
+    sources = [path for path in sources if not path.name.startswith(".")]  # an editor's locks
     sources.append(Path(sys.modules[type(config).__module__].__file__))  # the script
     for path in sources:
         name = path.relative_to(root) if path.is_relative_to(root) else path.name

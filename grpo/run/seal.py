@@ -8,12 +8,14 @@ checkpoint must be to be resumed (resume.py).
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data.errors import UserError
 from data.files import TABLE, read_json
+from data.rows import PAUSES
 from models.folder import INDEX, weight_files
 from models.load import load_slices
 
@@ -57,14 +59,17 @@ def read_sealed(folder: Path) -> dict:
 
 
 def hashes(folder: Path, names: Iterable[str]) -> list[str]:
-    """The SHA-256 of each file, in hexadecimal; "" of one that cannot be read."""
+    """The SHA-256 of each file, in hexadecimal; "" of one that cannot be read in three tries."""
 
     def hash_of(name: str) -> str:
-        try:
-            with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return ""
+        for pause in (*PAUSES, None):
+            try:
+                with (folder / name).open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError:
+                if pause is not None:
+                    time.sleep(pause)
+        return ""
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing frees the GIL
         return list(threads.map(hash_of, names))
@@ -75,7 +80,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     found = []
     for part in (folder, folder / MOMENTS):
         found += [*sorted(part.glob("*.safetensors")), *part.glob(INDEX)]
-    return found
+    return [path for path in found if not path.name.startswith(".")]  # macOS leaves ._ files
 
 
 def _hash_of(content: dict) -> str:
