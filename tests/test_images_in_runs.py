@@ -5,6 +5,7 @@ import re
 import pytest
 
 import data.rows
+import grpo.run.run
 import train_cls
 from data.errors import ImageFault, UserError
 from data.flowers import rows
@@ -17,16 +18,32 @@ from tests import forked
 from tests.runs import CHECKPOINT, SHORT, read_lines, timeless, train
 
 
-@pytest.fixture
-def flowers(tmp_path, monkeypatch):
-    """Arguments for class folders of photographs, and no pause between tries."""
-    monkeypatch.setattr(data.rows, "PAUSES", (0.0, 0.0))
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """Class folders of photographs, and arguments for them."""
+    folder = tmp_path_factory.mktemp("flowers") / "set"
     for number, row in enumerate(rows("train", 24)):
-        folder = tmp_path / "set" / re.sub("</?answer>", "", row["solution"])
-        folder.mkdir(parents=True, exist_ok=True)
-        row["image"].save(folder / f"{number}.png")
-    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(tmp_path / "set")]
-    return [*argv, *SHORT, "--max_steps", "3", "--learning_rate", "1e-4"]
+        of_class = folder / re.sub("</?answer>", "", row["solution"])
+        of_class.mkdir(parents=True, exist_ok=True)
+        row["image"].save(of_class / f"{number}.png")
+    argv = ["--model_name_or_path", str(CHECKPOINT), "--dataset_name", str(folder)]
+    return folder, [*argv, *SHORT, "--max_steps", "3", "--learning_rate", "1e-4"]
+
+
+@pytest.fixture(scope="module")
+def whole(flowers, tmp_path_factory):
+    """A run that was never stopped."""
+    run = tmp_path_factory.mktemp("never stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.run.run, "write_report", lambda folder: "")
+        train(run, *flowers[1])
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(request, monkeypatch):
+    if "flowers" in request.fixturenames:
+        monkeypatch.setattr(data.rows, "PAUSES", (0.0, 0.0))
 
 
 def when_in(phase: str, act, monkeypatch) -> None:
@@ -69,26 +86,24 @@ def test_a_third_try_may_succeed(tmp_path, monkeypatch, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, step", [("rollout of step 2", 1), ("evaluation of step 3", 3)])
 def test_an_image_that_vanishes_is_named_and_the_run_is_kept(
-    tmp_path, flowers, monkeypatch, capsys, phase, step
+    tmp_path, flowers, whole, monkeypatch, capsys, phase, step
 ):
     """Back in its place, the run goes on and ends as one that was never stopped."""
-    run, pictures, away = tmp_path / "run", tmp_path / "set", tmp_path / "away"
+    (pictures, argv), run, away = flowers, tmp_path / "run", tmp_path / "away"
     with monkeypatch.context() as patch:
         when_in(phase, lambda: pictures.rename(away), patch)
         with pytest.raises(ImageFault, match=r"row \d+ \(.*\.png\): .* missing: .*put the file"):
-            train(run, *flowers)
+            train(run, *argv)
     said = f"ended after step {step} of 3; continue with --output_dir {run} --resume_from_check"
     assert said in capsys.readouterr().out
     assert (run / f"checkpoint-{step}").is_dir() and not (run / "final").exists()
     away.rename(pictures)
     train(run, "--resume_from_checkpoint", "auto")
-    train(tmp_path / "whole", *flowers)
-    resumed, whole = (tmp_path / name for name in ("run", "whole"))
-    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (resumed, whole)]
+    lines = [timeless(read_lines(folder / "metrics.jsonl")) for folder in (run, whole)]
     for key in lines[0][-1]:  # an evaluation that is made up for counts the steps in no other way
         assert lines[0][-1][key] == lines[1][-1][key], key
     assert lines[0] == lines[1]
-    weights = [folder / "final" / "model.safetensors" for folder in (resumed, whole)]
+    weights = [folder / "final" / "model.safetensors" for folder in (run, whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -115,7 +130,7 @@ def blind(argv: list[str]) -> None:
 @pytest.mark.slow
 def test_an_image_that_one_of_two_ranks_cannot_read(tmp_path, flowers):
     run = tmp_path / "run"
-    out = forked.ranks(2, tmp_path, blind, ["--output_dir", str(run), *flowers])
+    out = forked.ranks(2, tmp_path, blind, ["--output_dir", str(run), *flowers[1]])
     assert out.codes == [USER_ERROR] * 2, out.stderr[-3000:]
     assert out.stderr.count("cannot be read now: corrupt or truncated; put the file") == 1
     assert "Traceback" not in out.stderr
