@@ -42,9 +42,8 @@ def sound(
         for a in annotations
         if isinstance(a, dict) and is_box(a.get("bbox")) and _is_of(a, sizes)
     ]
-    if corners is None and boxes:
-        out = sum(reaches_out(box, size) for box, size in boxes)
-        corners = out > len(boxes) / 2 and all(are_corners(box, size) for box, size in boxes)
+    if corners is None:
+        out, corners = guess_corners(boxes, share=0.5)
         if corners:
             notes.append(
                 f"boxes are read as two corners, x1, y1, x2, y2: as x, y, width, height, which "
@@ -93,15 +92,20 @@ def _hashable(entry: dict) -> bool:
 
 def side(value):
     """A width or height in pixels; 0 if it is missing, and text if it is no number."""
+    value = number(value)
     if isinstance(value, str):
-        text = value.strip()
+        return value if value.strip() else 0
+    return value if is_number(value) and value > 0 else 0
+
+
+def number(value):
+    """A number that may be written as text; anything else as it is."""
+    if isinstance(value, str):
         try:
-            value = float(text) if text else 0
+            value = float(value)
         except ValueError:
             return value
-    if not is_number(value) or value <= 0:
-        return 0
-    return int(value) if value == int(value) else value
+    return int(value) if is_number(value) and value == int(value) else value
 
 
 def crowd(value) -> int | str:
@@ -143,6 +147,16 @@ def box_of_mask(segmentation) -> list[float] | None:
 def flat(part) -> list:
     """The numbers of a polygon, whether they are x, y, x, y or [x, y], [x, y]."""
     return [n for each in part for n in (each if isinstance(each, list | tuple) else [each])]
+
+
+def guess_corners(placed: Sequence[tuple], share: float) -> tuple[int, bool]:
+    """How many boxes [x, y, width, height] would reach out of their image, and whether they are two
+    corners: if these are more than a share of all, and as corners all lie inside.
+
+    placed: (box, (width, height) of its image) of each.
+    """
+    out = sum(reaches_out(box, size) for box, size in placed)
+    return out, out > share * len(placed) and all(are_corners(box, size) for box, size in placed)
 
 
 def reaches_out(box: Sequence, size: tuple) -> bool:

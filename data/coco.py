@@ -106,9 +106,12 @@ def _parsed(file: Path, changed: int, size: int):  # read again once the file ha
     return json.loads(files.read_text(file, files.TABLE))
 
 
-def read(path: Path, file: Path, wording: Wording) -> SplitRows:
-    """The rows of an annotation file of the data set `path`. Raises UserError as `rows_of`, or if
-    no image is found."""
+def read(path: Path, split: str, sources: dict[str, Path], wording: Wording) -> SplitRows:
+    """The rows of a split. path: the data set; sources: what `find` returned.
+
+    Raises UserError as `rows_of`, or if no image is found.
+    """
+    file = sources[split]
     content, tried = _content(file), folders_of(file)
     names = [file_name(entry) for entry in content["images"] if isinstance(entry, dict)]
     folder, elsewhere, places = place_images(names, file, tried)

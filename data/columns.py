@@ -11,31 +11,13 @@ from data.errors import UserError
 from data.rows import IMAGE_COLUMNS, SplitRows
 from data.table import Table
 
-# What a row needs -> what others call it. The first that a table has in ViRFT's own name wins.
-IMAGE = (
-    "file_name",
-    "filename",
-    "image_file",
-    "image_name",
-    "img",
-    "img_path",
-    "image_url",
-    "photo",
-)
-IMAGE += ("filepath", "file_path", "file", "path", "picture", "pixel_values")
+# What others call each column. One with ViRFT's own name is taken before these.
+IMAGE = ("file_name", "filename", "image_file", "image_name", "img", "img_path", "photo", "picture")
+IMAGE += ("filepath", "file_path", "file", "path")
 PROBLEM = ("question", "prompt", "query", "instruction")
 SOLUTION = ("answer", "ground_truth", "response")
-LABEL = (
-    "label",
-    "labels",
-    "class",
-    "class_name",
-    "category",
-    "species",
-    "breed",
-    "variant",
-    "choice",
-)
+LABEL = ("label", "labels", "class", "class_name", "category", "species", "breed", "variant")
+LABEL += ("choice",)  # Label Studio's JSON-MIN
 SCHEMA = (
     "A row has image (or images), problem and solution; or messages; or image and a class label; "
     "or objects"
@@ -73,8 +55,8 @@ def roles_of(columns: Sequence[str]) -> Roles:
 
 
 def _only(columns: Sequence[str], names: Sequence[str], role: str) -> str | None:
-    """The column of the first of `names`, if it is the ViRFT schema's own; else the only one of the
-    others. Capitals make no difference."""
+    """The column that is called `role`, or else the only one that has one of these names, in small
+    letters or capitals; None without one. Raises UserError if there are several."""
     if names[0] in columns and names[0] == role:
         return role
     found = [column for column in columns if str(column).strip().lower() in names]

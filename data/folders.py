@@ -115,7 +115,7 @@ def _no_classes(path: Path, inside: list[Path], never: list[Path]) -> str:
         many = [f"{n} *{suffix}" for suffix, n in by_suffix.items() if n > 3]
         text += f"Beside them: {', '.join([*map(str, listed[:8]), *many])}. "
     if len(never) < len(inside):
-        text += f"{never[0].name} is no name of a class: if it is one, call it otherwise. "
+        text += f"A folder called {never[0].name} is never a class; rename it if it is one. "
     deeper = [folder for folder in inside if _class_root(folder)]
     if len(deeper) == 1:
         name = deeper[0].name

@@ -94,8 +94,7 @@ def read_objects(table: Table, image_column: str, wording: Wording) -> SplitRows
     corners = wording.corners
     if corners is None:
         placed = [(box, sizes[i]) for i, box, _ in annotated]
-        corners = any(annotations.reaches_out(box, size) for box, size in placed)
-        corners = corners and all(annotations.are_corners(box, size) for box, size in placed)
+        _, corners = annotations.guess_corners(placed, share=0.0)
     images = [_entry(table, image_column, i, sizes[i]) for i in range(len(table))]
     content = _content(images, annotated, corners, names)
     rows = rows_of(content, "objects", wording)
@@ -124,7 +123,7 @@ def read_corners(table: Table, image_column: str, wording: Wording) -> SplitRows
     for i in range(len(table)):
         row = table.row(i)
         image = numbers.setdefault(row[image_column], len(numbers))
-        box = [annotations.side(row[lower[name]]) for name in CORNERS]
+        box = [annotations.number(row[lower[name]]) for name in CORNERS]
         if not annotations.is_box(box) or not class_text(row[category]):
             values = [row[lower[name]] for name in CORNERS]
             raise UserError(f"row {i}: the corners {values} of {row[category]!r} are no box")

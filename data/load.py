@@ -56,7 +56,7 @@ def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> Spl
         elif form == "tables":
             rows = tables.read(path, split, sources, wording)
         else:
-            rows = FORMS[form].read(path, sources[split], wording)
+            rows = FORMS[form].read(path, split, sources, wording)
     except ValueError as error:
         text = str(error)
         raise UserError(text if dataset_name in text else f"{where}: {text}") from error

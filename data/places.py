@@ -33,21 +33,22 @@ def place_images(
     elsewhere = [name for name in names if not _is_there(folder, name)]
     if not elsewhere:
         return folder, {}, []
-    by_name, found = _files_below(root_of(file)), {}
-    for name in elsewhere:
-        turned = folder / name.replace("\\", "/")
-        candidates = [turned] if files.fault(turned) == "" else []
+    turned = {name: folder / name.replace("\\", "/") for name in elsewhere}
+    found = {name: path for name, path in turned.items() if files.fault(path) == ""}
+    others = [name for name in elsewhere if name not in found]
+    if not others:
+        return folder, found, []
+    by_name, below = _files_below(root_of(file)), {}
+    for name in others:
         last = last_part(name)
-        below = by_name.get(_as_one(last), [])
-        candidates = candidates or [path for path in below if path.name == last] or below
+        alike = by_name.get(_as_one(last), [])
+        candidates = [path for path in alike if path.name == last] or alike
         if len(candidates) != 1:
-            return folder, {}, []
-        found[name] = candidates[0]
-    if all(path == folder / name.replace("\\", "/") for name, path in found.items()):
-        return folder, found, []  # backslashes alone
-    name, path = next((n, p) for n, p in found.items() if p != folder / n.replace("\\", "/"))
-    note = f"{len(found)} images are found by the last part of their names below {root_of(file)}: "
-    return folder, found, [f"{note}{name!r} is {path.relative_to(root_of(file))}"]
+            return folder, found, []
+        below[name] = candidates[0]
+    name, path = next(iter(below.items()))
+    note = f"{len(below)} images are found by the last part of their names below {root_of(file)}: "
+    return folder, found | below, [f"{note}{name!r} is {path.relative_to(root_of(file))}"]
 
 
 def missing(names: Sequence[str], file: Path, folders: Sequence[Path]) -> str:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 
 class Table:
-    """rows: a list of dicts, whose columns are the keys of all; or a `datasets.Dataset`. folder:
-    what image paths are relative to. places: the files of images that are elsewhere."""
+    """rows: a list of dicts, whose columns are the keys of all; or a `datasets.Dataset`.
 
-    def __init__(self, rows, folder: Path = Path()):  # noqa: B008
-        self.rows, self.folder = rows, folder
+    Set by whoever reads them from a file: folder, what image paths are relative to; places, the
+    files of images that are elsewhere.
+    """
+
+    def __init__(self, rows):
+        self.rows, self.folder = rows, Path()
         self.places: dict[str, Path] = {}
         self.is_list = isinstance(rows, list)
 

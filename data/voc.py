@@ -47,16 +47,12 @@ def find(path: Path) -> dict[str, list[Path]]:
         lists.pop("trainval", None)
     for name, split in LISTS.items():
         if name in lists:
-            stems = [
-                words[0]
-                for line in files.read_text(lists[name]).splitlines()
-                if (words := line.split())
-            ]
+            lines = map(str.split, files.read_text(lists[name]).splitlines())
+            stems = [words[0] for words in lines if words]
             absent = [stem for stem in stems if stem not in by_stem]
             if absent and len(absent) < len(stems):
-                raise UserError(
-                    f"{lists[name]}: {absent[0]} has no XML file, as {len(absent)} of {len(stems)}"
-                )
+                count = f"{len(absent)} of {len(stems)}"
+                raise UserError(f"{lists[name]}: {count} have no XML file, {absent[0]} the first")
             if stems and not absent:
                 splits[split] = [by_stem[stem] for stem in stems]
     return splits or {"train": found}
@@ -80,14 +76,14 @@ def is_voc(file: Path) -> bool:
     return b"<annotation" in head and b"<annotations" not in head
 
 
-def read(path: Path, xmls: list[Path], wording: Wording) -> SplitRows:
-    """The rows of a split. Image ids are the XML files' names without suffix, category ids count
-    the names in their order.
+def read(path: Path, split: str, sources: dict[str, list[Path]], wording: Wording) -> SplitRows:
+    """The rows of a split. path: the data set; sources: what `find` returned. Image ids are the XML
+    files' names without suffix, category ids count the names in their order.
 
     Raises UserError for a file that is no XML, an object without a name or corners, or a photograph
     that is not there.
     """
-    images, found, wrong = [], [], []
+    xmls, images, found, wrong = sources[split], [], [], []
     places = {folder: _by_stem(folder) for folder in {_image_folder(xml) for xml in xmls}}
     for xml in xmls:
         try:
@@ -112,7 +108,7 @@ def read(path: Path, xmls: list[Path], wording: Wording) -> SplitRows:
     rows = rows_of(content, path, wording)
     rows.folder = path
     rows.notes.insert(0, f"read as Pascal VOC: {len(xmls)} XML files, corners in pixels")
-    listed = {xml for of_split in find(path).values() for xml in of_split}
+    listed = {xml for of_split in sources.values() for xml in of_split}
     beside = {f for folder in {xml.parent for xml in xmls} for f in folder.glob("*.xml")}
     if unlisted := len(beside - listed):
         rows.notes.append(f"{unlisted} XML files are in none of the lists in ImageSets/Main")

@@ -70,7 +70,9 @@ def settings_of(path: Path) -> tuple[dict, Path | None]:
             continue
         try:
             content = yaml.safe_load(files.read_text(file))
-        except (yaml.YAMLError, RecursionError) as error:
+        except (UserError, yaml.YAMLError, RecursionError) as error:
+            if file != path:  # some other tool's, beside the data
+                continue
             raise UserError(f"{file}: not YAML: {str(error)[: files.SHOWN]}") from error
         if isinstance(content, dict) and "names" in content:
             return content, file
@@ -128,8 +130,11 @@ def label_file(photo: Path) -> Path:
 
 
 def _is_labelled(photo: Path) -> bool:
-    """Whether a photograph has a text file whose first line is one of numbers, 5 at least."""
-    file = label_file(photo)
+    return _is_labels(label_file(photo))
+
+
+def _is_labels(file: Path) -> bool:
+    """Whether a file is text whose first line is numbers, 5 at least."""
     if files.fault(file, files.SETTINGS):
         return False
     try:
@@ -146,13 +151,14 @@ def _is_number(word: str) -> bool:
         return False
 
 
-def read(path: Path, photos: list[Path], wording: Wording) -> SplitRows:
-    """The rows of a split. Image ids are the photographs' paths below `path`, category ids the
-    classes' numbers, as the files have them.
+def read(path: Path, split: str, sources: dict[str, list[Path]], wording: Wording) -> SplitRows:
+    """The rows of a split. path: the data set; sources: what `find` returned.
 
+    Image ids are the photographs' paths below the folder with the names, category ids the classes'
+    numbers, as the files have them.
     Raises UserError for a line that is no box, a class without a name, or if there is no box.
     """
-    splits, path = find(path), root_of(path)
+    photos, path = sources[split], root_of(path)
     root = path.parent if path.is_file() else path
     names, keypoints = class_names(path)
     images, entries, wrong, without = [], [], [], 0
@@ -185,17 +191,12 @@ def read(path: Path, photos: list[Path], wording: Wording) -> SplitRows:
     rows.notes.insert(0, f"read as YOLO: {len(photos)} photographs, boxes in shares of the image")
     if without:
         rows.notes.append(f"{without} photographs have no text file, so nothing is in them")
-    known = {label_file(photo) for of_split in splits.values() for photo in of_split}
+    known = {label_file(photo) for of_split in sources.values() for photo in of_split}
     folders_of = {label_file(photo).parent for photo in photos}
     beside = [f for folder in folders_of for f in sorted(folder.glob("*.txt"))]
     if extra := [f for f in beside if f not in known and _is_labels(f)]:
         rows.notes.append(f"{len(extra)} text files have no photograph, {extra[0].name} the first")
     return rows
-
-
-def _is_labels(file: Path) -> bool:
-    words = files.read_text(file).split() if not files.fault(file, files.SETTINGS) else []
-    return len(words) >= 5 and all(map(_is_number, words[:5]))
 
 
 def _box(words: list[str], size: tuple[int, int], keypoints: bool) -> tuple[int, list[float]]:

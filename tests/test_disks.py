@@ -385,6 +385,9 @@ ALSO = {
         lambda f: table(f, "rows.jsonl", rows_with(
             image=FILES, prompt=[[{"role": "user", "content": "?"}]] * 4,
             reward_model=[{"ground_truth": kind} for kind in KINDS]), True), CLS, TWO, 0, None),
+    "notes in another encoding, a broken YAML of another tool": (
+        lambda f: (yolo_beside(f), (f / "notes.txt").write_bytes(b"Gr\xf6\xdfe"),
+                   write(f / "hooks.yaml", "a: [b"))[0], DET, FOUND, 1, "read as YOLO"),
     "columns that nothing reads": (
         lambda f: table(f, "rows.json", rows_with(**ASKED, solution=KINDS, options="A, B")), CLS,
         TWO, 0, "columns that are not used: options"),
@@ -551,6 +554,22 @@ def test_ids_of_the_files_come_back(tmp_path):
     assert load(str(corners), "train")[0].coco["annotations"][0]["bbox"] == [30, 20, 30, 26]
     crowd = coco(tmp_path / "crowd", boxes=annotations(iscrowd="0"))
     assert load(str(crowd), "train")[0].coco["annotations"][0]["iscrowd"] == 0
+
+
+def test_one_photograph_that_is_missing_is_one_bad_row(tmp_path):
+    """The others' backslashes are turned all the same."""
+    photos(tmp_path, 3, below="img")
+    rows = rows_with(image=[f"img\\{n}" for n in FILES], problem="?", solution=KINDS)
+    rows, _ = splits(write(tmp_path / "rows.json", rows), train_cls)
+    assert [(fault.row, fault.found) for fault in rows.faults] == [
+        (3, "missing: there is no such file")
+    ]
+
+
+def test_negative_corners_are_no_zeros(tmp_path):
+    text = "filename,class,xmin,ymin,xmax,ymax\n0.jpg,cup,-8,5,24,29\n"
+    rows, _ = splits(csv(tmp_path, text), train_det, absent_share=0.0)
+    assert "1 boxes reach out of their image and are clipped to it" in rows.notes
 
 
 def test_photographs_turned_by_exif_have_their_upright_size(tmp_path):
