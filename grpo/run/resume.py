@@ -12,7 +12,7 @@ from data.errors import UserError
 from data.files import fault
 from grpo.engine.optimizer import Optimizer
 from grpo.engine.ranks import Ranks
-from grpo.run.checkpoint import State
+from grpo.run.checkpoint import State, named_checkpoints
 from grpo.run.seal import FILES, hashes, read_sealed
 from models.folder import weight_files
 
@@ -22,7 +22,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     one and will write others, be they whole or not. Nothing is deleted. Returns the new paths.
     """
     renamed = []
-    for folder in _named_checkpoints(output_dir):
+    for folder in named_checkpoints(output_dir):
         if int(folder.name[11:]) > step:
             aside = folder.with_name(f"abandoned-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             renamed.append(folder.rename(aside))
@@ -67,7 +67,7 @@ def find_checkpoint(
 def _candidates(wanted: str, output_dir: Path) -> list[str]:
     """Names of checkpoint folders to try, the newest first. Raises as `find_checkpoint`."""
     if wanted == "auto":
-        folders = _named_checkpoints(output_dir)
+        folders = named_checkpoints(output_dir)
         if not folders and (output_dir / "final").exists():
             raise UserError(f"{output_dir} holds a run that has ended and kept no checkpoint")
         return [folder.name for folder in reversed(folders)]
@@ -85,12 +85,6 @@ def _candidates(wanted: str, output_dir: Path) -> list[str]:
     if folder.resolve().parent != output_dir.resolve() and (output_dir / "metrics.jsonl").exists():
         raise UserError(f"--output_dir {output_dir} holds another run than {folder} belongs to")
     return [folder.name]
-
-
-def _named_checkpoints(output_dir: Path) -> list[Path]:
-    """Whatever is called checkpoint-N, whole or not, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[11:]))
 
 
 def _check_whole(folder: Path, ranks: Ranks) -> tuple[dict, str | None]:
