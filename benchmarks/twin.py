@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from grpo.engine.optimizer import Optimizer, learning_rate
+from grpo.engine.optimizer import Optimizer, learning_rates
 from grpo.engine.ranks import start
 from grpo.flags.parser import parse_config
 from grpo.logps import pack_chunks, pack_logps
@@ -133,7 +133,7 @@ class Twin:
                 loss, stats = policy_loss(tokens, config)
                 loss.backward()
                 tally.add(pack, tokens, loss, stats)
-        rate = learning_rate(config, step, config.max_steps)
-        tally.updates, tally.grad_norm = 1, self.optimizer.step(rate, config.max_grad_norm)
+        rates = learning_rates(config, step, config.max_steps)
+        tally.updates, tally.grad_norm = 1, self.optimizer.step(rates, config.max_grad_norm)
         found = tally.metrics(self.ranks)
         return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}

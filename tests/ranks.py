@@ -21,7 +21,7 @@ import grpo.run.same
 import models.load
 import train_cls
 from data.errors import RewardFault, UserError
-from grpo.engine.optimizer import Optimizer
+from grpo.engine.optimizer import RATE, VISION_RATE, Optimizer
 from grpo.engine.ranks import Ranks, start
 from grpo.engine.shard import (
     checksum,
@@ -47,6 +47,9 @@ def train(*argv: str) -> None:
     assert train_cls.main(list(argv)) == 0
 
 
+RATES = {RATE: 1e-2, VISION_RATE: 3e-2}
+
+
 def gradient(folder: str, shard_size: int) -> None:
     """Sums of gradients over ranks: rank 0 has two packs with images, rank 1 one without, and the
     rest nothing at all; written by the main rank, and saved by all."""
@@ -66,9 +69,9 @@ def gradient(folder: str, shard_size: int) -> None:
     packs = uneven_packs(model.config)[ranks.rank] if ranks.rank < 2 else []
     packs += [filler()] * (int(ranks.max(len(packs))) - len(packs))
     score(model, packs)
-    optimizer = Optimizer(model, 0.0)
+    optimizer = Optimizer(model, 0.0, vision_apart=True)
     gathered = {n: g.full_tensor() for n, g in optimizer.gradients().items()}
-    norm = optimizer.step(1e-2, 0.1)
+    norm = optimizer.step(RATES, 0.1)
     sums = checksum(model, ranks)
     after = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
     limit, models.load.MAX_FILE_BYTES = models.load.MAX_FILE_BYTES, 20_000  # several files

@@ -316,6 +316,25 @@ CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
                 "--use_rslora has no effect: it is for --use_peft",
             ],
         ),
+        (
+            ["--vision_learning_rate", "1e-6", "--freeze_vision"],
+            1,
+            ["--vision_learning_rate has no effect: the vision tower is frozen, by --f"],
+        ),
+        (
+            ["--vision_learning_rate", "1e-6", "--use_peft"],
+            1,
+            ["--vision_learning_rate has no effect: the vision tower is frozen, by --freeze_v"],
+        ),
+        (
+            [
+                *("--vision_learning_rate", "1e-6", "--use_peft"),
+                *("--lora_target_modules", "q_proj", "visual.qkv"),
+            ],
+            1,
+            [],
+        ),
+        (["--vision_learning_rate", "1e-6"], 1, []),
         # at their defaults
         (["--epsilon", "0.2", "--timeout", "1800", "--lora_r", "16"], 1, []),
     ],

@@ -11,7 +11,15 @@ import torch
 import transformers
 
 from demo.published import config_dict
-from grpo.engine.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
+from grpo.engine.optimizer import (
+    OPTIMIZERS,
+    RATE,
+    SCHEDULES,
+    VISION_RATE,
+    Optimizer,
+    learning_rate,
+    learning_rates,
+)
 from grpo.engine.ranks import Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import State, save_checkpoint
@@ -98,8 +106,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def flags(rate: float, schedule: str, warmup: float) -> SimpleNamespace:
-    return SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule, warmup_ratio=warmup)
+def flags(schedule: str, warmup: float) -> SimpleNamespace:
+    return SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=warmup)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
@@ -109,12 +117,77 @@ def test_rates_are_those_of_transformers(schedule, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     scheduler = transformers.get_scheduler(name, optimizer, int(20 * warmup), 20)
     for step in range(20):
-        rate = learning_rate(flags(3e-4, schedule, warmup), step + 1, 20)
+        rate = learning_rate(flags(schedule, warmup), 3e-4, step + 1, 20)
         assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
     with pytest.raises(ValueError, match="linear, cosine, constant"):
-        learning_rate(flags(1.0, "sawtooth", 0.0), 1, 1)
+        learning_rate(flags("sawtooth", 0.0), 1.0, 1, 1)
+
+
+def test_the_vision_towers_rate_follows_the_same_schedule():
+    config = flags("cosine", 0.25)
+    config.learning_rate, config.vision_learning_rate = 3e-4, None
+    assert learning_rates(config, 8, 20) == {RATE: learning_rate(config, 3e-4, 8, 20)}
+    config.vision_learning_rate = 3e-5
+    for step in range(1, 21):
+        rates = learning_rates(config, step, 20)
+        assert rates[VISION_RATE] == pytest.approx(rates[RATE] / 10, rel=1e-12)
+    assert list(learning_rates(config, 3, 20)) == ["learning_rate", "learning_rate/vision"]
+
+
+# dtype, optimizer, how far a weight may be from torch's, of the way that it went; None: not at all
+TWO_RATES = [
+    (torch.float32, "adamw_torch", None),
+    (torch.bfloat16, "adamw_torch", None),
+    (torch.float32, "adamw_anyprecision", 0.02),
+    (torch.float32, "adamw_8bit", 0.06),
+    (torch.bfloat16, "adamw_anyprecision", 0.3),  # the weights' own rounding
+    (torch.bfloat16, "adamw_8bit", 0.3),
+]
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu:0")])  # as with --cpu_offload
+@pytest.mark.parametrize("dtype, optim, most", TWO_RATES)
+def test_two_rates_are_adamw_with_two_groups(dtype, optim, most, device):
+    """Three updates, clipped by the norm of all gradients together."""
+    model = tiny_model(tiny_config(), torch.float32).to(dtype)
+    peer = tiny_model(tiny_config(), torch.float32)
+    peer.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    start = {n: p.detach().clone() for n, p in peer.named_parameters()}
+    optimizer = Optimizer(model, 0.1, optim=optim, device=device, vision_apart=True)
+    rates, groups = {RATE: 1e-3, VISION_RATE: 4e-2}, []
+    for rate, is_vision in ((1e-3, False), (4e-2, True)):
+        own = [p for n, p in peer.named_parameters() if n.startswith("visual.") == is_vision]
+        groups.append({"params": [p for p in own if p.ndim > 1], "lr": rate, "weight_decay": 0.1})
+        groups.append({"params": [p for p in own if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+    adamw = torch.optim.AdamW(groups, fused=True)
+    for step in range(3):
+        for parameter, direction in zip(peer.parameters(), gradients(model, step), strict=True):
+            parameter.grad = direction.to(dtype).float()
+        norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), 5.0)
+        adamw.step()
+        assert optimizer.step(rates, 5.0) == pytest.approx(norm.item(), rel=1e-3)
+    for name, parameter in peer.named_parameters():
+        mine, way = optimizer.masters[name].float(), (parameter - start[name]).norm()
+        apart = (mine - parameter).norm() / way
+        assert apart < (most or 1e-5), f"{name}: {apart:.3f}"
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("still", [RATE, VISION_RATE])
+def test_a_rate_of_0_leaves_its_part_as_it_is(optim, still):
+    """To the bit, in bf16 too, with weight decay."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(tiny_config(), torch.float32).to(dtype)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = Optimizer(model, 0.1, optim=optim, vision_apart=True)
+        for step in range(2):
+            gradients(model, step)
+            optimizer.step({RATE: 1e-2, VISION_RATE: 1e-2, still: 0.0}, 1.0)
+        for name, parameter in model.named_parameters():
+            stays = name.startswith("visual.") == (still == VISION_RATE)
+            assert torch.equal(parameter, before[name]) == stays, name
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -122,18 +195,18 @@ def test_rates_are_those_of_transformers(schedule, warmup):
 def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path, source, dtype, optim):
     def start():
         model = tiny_model(tiny_config(), torch.float32).to(dtype)
-        return model, Optimizer(model, 0.1, optim=optim)
+        return model, Optimizer(model, 0.1, optim=optim, vision_apart=True)
 
-    model, optimizer = start()
+    rates, (model, optimizer) = {RATE: 1e-2, VISION_RATE: 3e-2}, start()
     for step in range(2):
         gradients(model, step)
-        optimizer.step(1e-2, 1.0)
+        optimizer.step(rates, 1.0)
     folder = save_checkpoint(tmp_path, source, model, optimizer, State(2), ALONE)
     again, resumed = start()
     resume(folder, resumed, json.loads((folder / "state.json").read_text())["updates"])
     for m, o in ((model, optimizer), (again, resumed)):
         gradients(m, 7)
-        o.step(1e-2, 1.0)
+        o.step(rates, 1.0)
     for name, master in optimizer.masters.items():
         assert torch.equal(master, resumed.masters[name])
         assert torch.equal(model.get_parameter(name), again.get_parameter(name))

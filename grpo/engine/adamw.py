@@ -15,6 +15,7 @@ float32 masters and moments 12. Not here: vectors, which have float32 masters (o
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -199,12 +200,16 @@ class LightAdamW:
         }
 
     @torch.no_grad()
-    def step(self, rate: float, update: int, scale: float) -> None:
+    def step(
+        self, rate: float, update: int, scale: float, names: Iterable[str] | None = None
+    ) -> None:
         """One update of every weight by its gradient times `scale`.
 
-        update: its number, from 1 on; it decides the random numbers.
+        update: its number, from 1 on; it decides the random numbers. names: of the weights that
+        are updated; None is all.
         """
-        for name, weight in self.weights.items():
+        for name in self.weights if names is None else names:
+            weight = self.weights[name]
             rows, columns = local_shard(weight.detach())[0].flatten(1).shape
             at_once = max(1, NUMBERS // columns)
             for start in range(0, rows, at_once):

@@ -12,6 +12,7 @@ or the device, which is checked where they are known.
 from typing import NamedTuple
 
 from data.errors import UserError
+from grpo.engine.adapters import vision_is_frozen
 from grpo.loss import CLIPPED
 
 
@@ -190,6 +191,12 @@ def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
         (("max_sampling_rounds",), not config.dynamic_sampling, "it is for --dynamic_sampling"),
         (("num_train_epochs",), config.max_steps is not None, epochs),
         (lora, not adapters, "it is for --use_peft, without which all weights are trained"),
+        (
+            ("vision_learning_rate",),
+            vision_is_frozen(config),
+            "the vision tower is frozen, by --freeze_vision or as it has no adapters "
+            "(--lora_target_modules visual.qkv)",
+        ),
         (("freeze_vision",), adapters, "with --use_peft the vision tower is frozen anyway"),
         (("timeout",), world == 1, "with one rank there is no other to wait for"),
         (sharding, world == 1, "with one rank nothing is sharded"),

@@ -91,6 +91,15 @@ ELSEWHERE = {
     "freeze_aligner": "not supported: the part that hands features over is frozen with the vision "
     "tower, by --freeze_vision",
     "freeze_llm": "not supported: see --freeze_vision, and --lora_target_modules visual.qkv",
+    **dict.fromkeys(
+        ("vit_lr", "vision_lr", "vision_tower_lr", "vision_tower_learning_rate"),
+        "use --vision_learning_rate",
+    ),
+    **dict.fromkeys(
+        ("aligner_lr", "merger_lr", "mm_projector_lr", "projector_lr"),
+        "not supported: the part that hands features over learns at the vision tower's rate, "
+        "--vision_learning_rate",
+    ),
     "local_rank": "leave it out and start with torchrun, which tells each process its rank",
     "nproc_per_node": LAUNCH,
     "nnodes": LAUNCH,

@@ -21,7 +21,7 @@ CHARTS = (
     ("length", "Length of completions", "tokens", ("completions/mean_length",), False),
     ("clipped", "Completions cut", "share", ("completions/clipped_ratio",), False),
     ("grad-norm", "Norm of the gradient", "", ("grad_norm",), False),
-    ("rate", "Learning rate", "", ("learning_rate",), False),
+    ("rate", "Learning rate", "", ("learning_rate", "learning_rate/vision"), False),
     ("time", "Time by phase", "s", ("step_time", "time/*"), False),
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
