@@ -43,6 +43,7 @@ from models.decoding.cache import Cache  # noqa: E402
 from models.decoding.storage import allocate, cast  # noqa: E402
 from models.delta_net import WINDOW, DeltaState, GatedDeltaNet  # noqa: E402
 from models.families import mixers_of, parse_config  # noqa: E402
+from models.flops import Flops, Pass  # noqa: E402
 from models.mixer import Layout  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
 from models.qwen_vl import QwenVL, image_features  # noqa: E402
@@ -259,13 +260,13 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
     samples, prompt, steps = PROMPTS * GROUP, TEXT + 256, COMPLETION - 1
     keys = kv * (PROMPTS * prompt + samples * COMPLETION / 2)
     size = steps * (2 * weights + keys + 5 * 4 * samples * config.vocab_size)
-    seen = 4 * kinds[Attention] * config.num_attention_heads * config.head_dim
-    flops = steps * samples * (2 * weights + seen * (prompt + COMPLETION / 2))
+    count, rows = Flops(model), ((prompt, *[steps] * GROUP),) * PROMPTS
+    prefill = count(Pass(((prompt,),) * PROMPTS, PROMPTS))
+    flops = count(Pass(rows, PROMPTS + samples * steps)) - prefill
     if delta := config.delta:
         numbers = delta.values * delta.key_dim * delta.value_dim  # of a layer's matrices
         state = DeltaState.nbytes(config, Layout(1, 1, 1, 1), torch.bfloat16)
         size += steps * samples * kinds[GatedDeltaNet] * (state + 4 * 4 * numbers / WINDOW)
-        flops += steps * samples * kinds[GatedDeltaNet] * 6 * numbers  # q and k read, k adds
     busy = max(flops / FLOPS, size / BANDWIDTH)
     eager, captured = (flops, size, steps * per_token, busy), (flops, size, steps, busy)
     return {"decoding, eager": eager, "decoding, in a captured graph": captured}

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+TIMES = ("time/", "memory/", "perf/")  # metrics that the clock decides
 HERE = Path(__file__).resolve().parent.parent
 SHORT = "--max_steps 3 --prompts_per_step 2 --num_generations 4 --eval_samples 6"
 SHORT += " --max_completion_length 40"
@@ -112,7 +113,7 @@ def metrics(folder: Path) -> dict[int, dict]:
     steps: dict[int, dict] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         numbers = json.loads(line)
-        kept = {k: v for k, v in numbers.items() if not k.startswith(("time/", "memory/"))}
+        kept = {k: v for k, v in numbers.items() if not k.startswith(TIMES)}
         kept.pop("step_time", None)
         steps.setdefault(numbers["step"], {}).update(kept)
     return steps

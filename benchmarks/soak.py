@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("time/", "memory/", "step_time")
+TIMES = ("time/", "memory/", "perf/", "step_time")
 
 
 def run(folder: Path, argv: list[str], seconds: float | None = None) -> bool:

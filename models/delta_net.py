@@ -299,6 +299,12 @@ class GatedDeltaNet(nn.Module):
     ) -> list[PackedChunks]:
         return packed_chunks(bounds.rows, config.delta, bounds.device)
 
+    @staticmethod
+    def products(config: QwenVLConfig, rows: tuple[tuple[int, ...], ...]) -> int:
+        """Of the recurrence itself: k and q read the matrix, k is added to it."""
+        heads = config.delta
+        return 6 * heads.values * heads.key_dim * heads.value_dim * sum(map(sum, rows))
+
     def forward(
         self,
         x: Tensor,

@@ -123,6 +123,12 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model has adapters, and they are on."""
+    layers = (module for module in model.modules() if isinstance(module, LoRALinear))
+    return model.lora is not None and next(layers).adapted
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base. Nothing changes for a model without adapters."""

@@ -79,6 +79,11 @@ class Mixer(Protocol):
     ) -> Any:
         """What all layers of this kind need in one pass, made once: `forward` gets it."""
 
+    @staticmethod
+    def products(config: QwenVLConfig, rows: tuple[tuple[int, ...], ...]) -> int:
+        """Floating point operations of the matrix products between tokens, in a layer's forward
+        pass over packed rows [P, C1, ..., CG] (models/flops.py); linear layers do not count."""
+
     def forward(
         self,
         x: Tensor,

@@ -1,5 +1,7 @@
 """Qwen2.5-VL (Bai et al. 2025): its config.json and its vision tower with attention in windows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +90,17 @@ class VisionTower(Tower):
             within = full if index in self.config.fullatt_block_indexes else windows
             x = self.run(block, x, cos, sin, within)
         return self.merger(x)[order.argsort()]
+
+    def pairs(self, index: int, grids: Sequence[tuple[int, int, int]]) -> int:
+        if index in self.config.fullatt_block_indexes:
+            return super().pairs(index, grids)
+        merge = self.config.spatial_merge_size
+        side = self.config.window_size // merge // self.config.patch_size * merge  # patches
+
+        def squares(length: int) -> int:  # of the lengths that it is cut into
+            return length // side * side**2 + (length % side) ** 2
+
+        return sum(t * squares(h) * squares(w) for t, h, w in grids)
 
     def windows(self, grids: list[list[int]]) -> tuple[Tensor, list[int]]:
         """The tokens of all images, window after window, (tokens,) int64; each window's tokens.

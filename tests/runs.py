@@ -62,7 +62,7 @@ def read_steps(folder: Path) -> list[dict]:
 
 def timeless(lines: list[dict]) -> list[dict]:
     """Without what the clock measured."""
-    prefixes = ("time/", "memory/", "step_time")
+    prefixes = ("time/", "memory/", "perf/", "step_time")
     return [{k: v for k, v in line.items() if not k.startswith(prefixes)} for line in lines]
 
 

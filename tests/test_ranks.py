@@ -199,13 +199,27 @@ def test_two_ranks_compute_what_one_computes(two, alone, name):
     compare(alone(name), two[0] / name, name)
 
 
+AMOUNTS = {
+    "perf/completion_tokens_per_s": "time/rollout_s",
+    "perf/tokens_per_s/rollout": "time/rollout_s",
+    "perf/tokens_per_s/training": "time/training_s",
+    "perf/samples_per_s": "step_time",
+}
+
+
 def compare(one: Path, two: Path, name: str) -> None:
     texts = [
         [(c["step"], c["completion"], c["rewards"]) for c in read_lines(run / "completions.jsonl")]
         for run in (one, two)
     ]
     assert texts[0] == texts[1], name
-    lines = [timeless(read_lines(run / "metrics.jsonl")) for run in (one, two)]
+    lines = [read_lines(run / "metrics.jsonl") for run in (one, two)]
+    for a, b in zip(*lines, strict=True):  # what is sampled and trained on, over all ranks
+        for amount, time in AMOUNTS.items():
+            cut = time == "time/training_s" and "--tokens_per_pack" in CASES.get(name, ())
+            same = amount in a and not cut  # small packs cut groups at other places
+            assert not same or a[amount] * a[time] == pytest.approx(b[amount] * b[time]), amount
+    lines = [timeless(of_run) for of_run in lines]
     for a, b in zip(*lines, strict=True):
         assert b.pop("ranks/load_imbalance", 1) >= 1
         for key, value in a.items():

@@ -23,6 +23,8 @@ CHARTS = (
     ("grad-norm", "Norm of the gradient", "", ("grad_norm",), False),
     ("rate", "Learning rate", "", ("learning_rate", "learning_rate/vision"), False),
     ("time", "Time by phase", "s", ("step_time", "time/*"), False),
+    ("speed", "Tokens a second", "tokens/s", ("perf/*tokens_per_s*",), False),
+    ("mfu", "Share of the devices' peak", "share", ("perf/mfu",), False),
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
 NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
@@ -36,6 +38,8 @@ COMPARED = (
     ("completions/mean_length", "tokens", False),
     ("grad_norm", "", False),
     ("step_time", "s", False),
+    ("perf/completion_tokens_per_s", "tokens/s", False),
+    ("perf/mfu", "share", False),
     ("memory/training_gb", "GB", False),
 )
 
@@ -81,6 +85,7 @@ def short_name(name: str) -> str:
     for prefix, suffix in (("rewards/", "/mean"), ("time/", "_s"), ("memory/", "_gb")):
         if name.startswith(prefix) and name.endswith(suffix):
             return name.removeprefix(prefix).removesuffix(suffix)
+    name = name.removeprefix("perf/").removesuffix("_tokens_per_s").removeprefix("tokens_per_s/")
     return name.removeprefix("eval/").removeprefix("parse_failures/")
 
 

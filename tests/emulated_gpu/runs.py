@@ -18,6 +18,7 @@ import torch
 import grpo.run.run
 from benchmarks.step import random_reward
 from grpo.run import Run
+from grpo.run.throughput import PEAKS
 
 WAITS = getattr(torch, "_rehearsal", (Counter(), Counter()))[1]
 
@@ -67,6 +68,7 @@ def with_luck(score):
 def main() -> None:
     cases, folder, waits = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Waits()
     watch(waits)
+    PEAKS["Rehearsal (no GPU)"] = PEAKS["H100 80GB HBM3"]  # it says that it is one
     grpo.run.run.write_report = lambda folder: ""  # it takes two seconds, and no device
     for case in cases:
         script, output = importlib.import_module(case["script"]), folder / case["name"]

@@ -69,7 +69,7 @@ def runs(start, tmp_path_factory):
 
 def numbers(run) -> list[dict]:
     """Of each step; without those of the clock, of memory, of several ranks, and of rounding."""
-    without = ("time/", "memory/", "step_time", "ranks/", "sampling/")
+    without = ("time/", "memory/", "perf/", "step_time", "ranks/", "sampling/")
     return [
         {key: value for key, value in step.items() if not key.startswith(without)}
         for step in read_steps(run)
@@ -100,6 +100,15 @@ def test_two_devices_begin_as_one_in_bfloat16(runs, name):
     assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=2e-3)
     for step in one[1:] + two[1:]:
         assert step["sampling/logp_difference_max"] < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in FLOAT32 if "packs" not in name])
+def test_two_devices_do_the_work_of_one(runs, name):
+    """By `perf/mfu`, whose peak is all devices'. (Small packs cut groups at other places.)"""
+    one, two = (read_steps(runs[devices][f"float32 {name}"]) for devices in ("one", "two"))
+    for here, there in zip(one[1:], two[1:], strict=True):
+        work = here["perf/mfu"] * here["step_time"]
+        assert 2 * there["perf/mfu"] * there["step_time"] == pytest.approx(work, rel=1e-4)
 
 
 @pytest.mark.parametrize("devices", ["one", "two"])
