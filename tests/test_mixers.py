@@ -115,6 +115,11 @@ class Decay(nn.Module):
     def shared(config, position_ids, bounds, dtype):
         return bounds.rows
 
+    @staticmethod
+    def products(config, rows):
+        """k v^T, and S^T q."""
+        return 4 * HEADS * KEY * VALUE * sum(map(sum, rows))
+
     def turn(self, window, decay, matrices):
         """One token of N sequences; changes matrices (N, H, K, V) in place."""
         mixed = F.silu((window * self.conv).sum(1)).to(matrices.dtype)
