@@ -13,6 +13,7 @@ from models.decoding.draw import Sampling
 from models.decoding.generate import generate
 from models.families import FAMILIES, mixers_of
 from models.flops import Flops, Pass
+from models.four_bit import use_four_bits
 from models.lora import LoRA, without_adapters
 from models.qwen_vl import QwenVL, with_image_features
 from tests.tiny import family_config, tiny_model, tiny_prompt
@@ -168,6 +169,19 @@ def test_it_is_what_launches_counts_at_the_dispatcher(family):
     else:
         assert prefill < found["prefill"] < 1.1 * prefill
         assert reference < found["reference"] < 1.1 * reference
+
+
+def test_weights_in_4_bits_take_the_same_products():
+    """They are unpacked, but not multiplied more often."""
+    one, found = Pass(((5, 2, 2),), 4, is_trained=True, is_adapted=True), []
+    for in_four_bits in (False, True):
+        with torch.device("meta"):
+            model = QwenVL(family_config("qwen3_5"))
+            if in_four_bits:
+                use_four_bits(model.model.layers)
+            model.adapt(LoRA(r=3, alpha=6))
+        found.append(Flops(model)(one))
+    assert found[0] == found[1]
 
 
 def test_what_nobody_reads_is_not_counted():

@@ -90,7 +90,12 @@ ELSEWHERE = {
     "freeze_vit": "use --freeze_vision",
     "freeze_aligner": "not supported: the part that hands features over is frozen with the vision "
     "tower, by --freeze_vision",
-    "freeze_llm": "not supported: see --freeze_vision, and --lora_target_modules visual.qkv",
+    "freeze_vision_tower": "use --freeze_vision",
+    **dict.fromkeys(
+        ("freeze_llm", "freeze_language_model"),
+        "use --learning_rate 0 with --vision_learning_rate, or --use_peft with "
+        "--lora_target_modules visual.qkv",
+    ),
     **dict.fromkeys(
         ("vit_lr", "vision_lr", "vision_tower_lr", "vision_tower_learning_rate"),
         "use --vision_learning_rate",
