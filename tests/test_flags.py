@@ -194,19 +194,16 @@ def test_a_frozen_vision_tower_encodes_each_image_once_and_stays(tmp_path, monke
         assert torch.equal(weight.float(), after[name]) == name.startswith("visual."), name
 
 
-@pytest.mark.parametrize("rate, of_vision", [("0", "1e-2"), ("1e-2", "0")])
-def test_the_vision_tower_has_its_own_rate(tmp_path, rate, of_vision):
-    """One part alone is trained: the other ends as it began."""
-    options = [*SHORT, "--learning_rate", rate, "--vision_learning_rate", of_vision]
+def test_the_vision_tower_has_its_own_rate(tmp_path):
+    """It alone is trained: all else ends as it began."""
+    options = [*SHORT, "--learning_rate", "0", "--vision_learning_rate", "1e-2"]
     lines = train(tmp_path / "run", *options, "--max_steps", "1", "--warmup_ratio", "0")
-    rates = [lines[1][name] for name in ("learning_rate", "learning_rate/vision")]
-    assert rates == [float(rate), float(of_vision)]
+    assert (lines[1]["learning_rate"], lines[1]["learning_rate/vision"]) == (0, 1e-2)
     before, after = (
         load_file(f / "model.safetensors") for f in (CHECKPOINT, tmp_path / "run/final")
     )
     for name, weight in before.items():
-        moves = name.startswith("visual.") == (rate == "0")
-        assert torch.equal(weight.float(), after[name]) != moves, name
+        assert torch.equal(weight.float(), after[name]) != name.startswith("visual."), name
 
 
 def test_without_a_kl_term_dead_groups_are_not_scored(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from tests.runs import CHECKPOINT, SHORT, read_lines, train
 CUDA = torch.device("cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_steps_work_is_counted_over_its_times(tmp_path, monkeypatch, freeze):
     """Two updates, each after a pass for the entropies; the reference's and the old policy's
@@ -23,6 +24,7 @@ def test_a_steps_work_is_counted_over_its_times(tmp_path, monkeypatch, freeze):
     monkeypatch.setattr(throughput, "peak_flops", lambda *_: 3e9)
     options = [*SHORT, "--num_iterations", "2", "--top_entropy_quantile", "0.9"]
     options += ["--eval_steps", "1", "--freeze_vision", str(freeze)]
+    options += ["--max_steps", "1"] if freeze else []
     lines = train(tmp_path / "run", *options)[1:]
     model, processor = load_model(CHECKPOINT, torch.float32, "cpu"), Processor(CHECKPOINT)
     model.visual.requires_grad_(not freeze)
@@ -53,6 +55,7 @@ def test_a_steps_work_is_counted_over_its_times(tmp_path, monkeypatch, freeze):
         assert line["perf/mfu"] * line["step_time"] * 3e9 == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_what_dynamic_sampling_replaces_counts(tmp_path):
     options = ["--dynamic_sampling", "--max_sampling_rounds", "6", "--seed", "3"]
     for line in train(tmp_path / "run", *SHORT, *options)[1:]:
