@@ -103,9 +103,10 @@ def test_two_devices_begin_as_one_in_bfloat16(runs, name):
     """Until the first update; from then on rounding decides what is drawn. What was sampled has
     the log-probs that the training pass gives it."""
     one, two = (read_steps(runs[devices][f"bf16 {name}"]) for devices in ("one", "two"))
-    for key in ("reward", "completions/mean_length", "entropy"):
+    for key in ("reward", "completions/mean_length"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-3), key
-    if name != "mini-batches":  # whose first update is of other groups
+    if name != "mini-batches":  # whose updates are of other groups
+        assert two[1]["entropy"] == pytest.approx(one[1]["entropy"], rel=1e-3)
         assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=2e-3)
     for step in one[1:] + two[1:]:
         assert step["sampling/logp_difference_max"] < 0.1
@@ -117,4 +118,5 @@ def test_the_host_waits_for_the_device_a_few_times_a_step(runs, name, devices):
     """Never while it launches a forward or a backward pass. (With --cpu_offload it copies.)"""
     waits = json.loads((runs[devices][f"bf16 {name}"] / "waits.json").read_text())
     assert waits["reference"] == waits["training"] == 0, waits
-    assert waits["rollout"] <= 10 and waits["optimizer"] <= 4, waits
+    updates = 4 if name == "mini-batches" else 1
+    assert waits["rollout"] <= 10 and waits["optimizer"] <= 4 * updates, waits
