@@ -35,7 +35,7 @@ from benchmarks.learn import compact  # noqa: E402
 SETTINGS = {"8 prompts, 1 update": (8, 1), "32 prompts, 4 updates": (32, 4)}  # of a rollout
 SCORE, GOOD = "eval/accuracy", 0.9
 PHASES = ("rollout", "reward", "reference", "training", "optimizer")
-POINTS = 5  # at which accuracies are shown
+SHARES = (0.04, 0.08, 0.12, 0.16, 0.2, 0.4, 1.0)  # of the run, at which accuracies are shown
 
 
 def run(setting: str, seed: int, options: argparse.Namespace) -> dict:
@@ -95,9 +95,8 @@ def show(report: dict) -> None:
     every = [run for found in runs.values() for run in found]
     for by in ("prompts", "seconds"):
         end = min(run["held_out"][by][-1] for run in every)
-        for k in range(1, POINTS + 1):
-            place = end * k / POINTS
-            title = f"held-out accuracy after {place:.0f} {by}"
+        for place in (end * share for share in SHARES):
+            title = f"held-out accuracy after {place:.3g} {by}"
             row(title, 3, lambda run, by=by, place=place: accuracy(run, by, place))
         row(f"{by} to {GOOD}", 0, lambda run, by=by: first_good(run, by))
     row("seconds of all steps", 1, lambda run: run["seconds"])
