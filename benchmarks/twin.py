@@ -97,7 +97,7 @@ class Twin:
             sum((there[name] - weight).square().sum().item() for name, weight in other.items())
             for other in (own, start)
         )
-        assert apart < 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
+        assert apart <= 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
 
     def check_texts(self) -> None:
         """Asserts that the peer's texts are ours, and that it sampled none of the tokens that are
