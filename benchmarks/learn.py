@@ -17,8 +17,7 @@ losses, KLs, entropies, gradient norms and weights. What differs: random numbers
 prompts, and that the peer's log-probs include the tokens that are never sampled.
 
 With --num_minibatches N a step is a rollout and its N updates here; the peer has
-steps_per_generation N, and its N steps are taken together. Its schedules count updates and ours
-count rollouts, so both then have a constant rate and no warmup. Two things differ more, and the
+steps_per_generation N, and its N steps are taken together. Two things differ more, and the
 repetition does as the peer does: it deals the completions of a rollout singly to its updates, so
 that groups are torn apart, here groups stay whole; and with the demos' loss, dapo, it divides each
 update by the rollout's mean number of tokens an update, here it is the update's own.
@@ -65,7 +64,6 @@ def flags(settings: dict) -> list[str]:
     line += f"--prompts_per_step {settings['prompts']} " if settings["prompts"] else ""
     if settings["num_minibatches"] > 1:
         line += f"--num_minibatches {settings['num_minibatches']} "
-        line += "--lr_scheduler_type constant --warmup_ratio 0 "
     return [*line.split(), "--output_dir", str(Path(settings["folder"]) / f"run-{os.getpid()}")]
 
 
@@ -76,12 +74,13 @@ def kept(line: dict) -> dict:
 
 
 def together(updates: list[dict]) -> dict:
-    """A step's metrics from those of its updates: the mean over the updates that have it. Those
-    about the rollout stand in the first."""
+    """A step's metrics from those of its updates: the mean over the updates that have it, and the
+    last learning rate. Those about the rollout stand in the first."""
     names = kept(updates[0])
-    return {
+    means = {
         name: statistics.fmean(each[name] for each in updates if name in each) for name in names
     }
+    return means | {"learning_rate": updates[-1]["learning_rate"]}
 
 
 # ---- ours ---------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def peer(settings: dict) -> dict:
                 if place == 0:
                     twin.take_rollout()
                 numbers = trainer._buffered_inputs[place]["number"].tolist()
-                self.made_here = twin.repeat(step, numbers)
+                self.made_here = twin.repeat(step, place, numbers)
             due = step == config.max_steps or (every and step % every == 0)
             due = due and place == parts - 1
             if update == COMPARED or (due and update < COMPARED):

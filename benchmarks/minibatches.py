@@ -8,10 +8,9 @@ of its own, one thread, in turns. Seconds are those of steps, without evaluation
 after each run; a second call continues where the first one ended. `--show FILE` prints the table of
 docs/losses.md.
 
-Flags are the demo's but for the schedule: it counts rollouts, so all updates of one have the same
-rate, and the demo's warmup, whose first step has rate 0, would spend 32 prompts on nothing in place
-of 8. So both have a constant rate and no warmup. Four updates a rollout also need a pass for the
-old policy's log-probs (in `time/reference_s`), which one does not; its seconds are in the table.
+All other flags are the demo's. Its schedule counts mini-batches, so both have the same rate after as
+many updates. Four updates a rollout also need a pass for the old policy's log-probs (in
+`time/reference_s`), which one does not; its seconds are in the table.
 """
 
 import argparse
@@ -44,8 +43,7 @@ def run(setting: str, seed: int, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         argv = f"--prompts_per_step {prompts} --num_minibatches {updates} --seed {seed} "
         argv += f"--max_steps {options.prompts // prompts} --eval_steps {options.every // prompts} "
-        argv += "--lr_scheduler_type constant --warmup_ratio 0 --diagnose_after 0 "
-        argv += f"{options.flags} --output_dir {folder}/run"
+        argv += f"--diagnose_after 0 {options.flags} --output_dir {folder}/run"
         command = [sys.executable, "train_cls.py", *argv.split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         load = os.getloadavg()[0]  # what else the machine did

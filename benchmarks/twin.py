@@ -132,10 +132,10 @@ class Twin:
                 if config.updates_per_step > 1:
                     pack.store("old_logps", pack_logps(self.model, pack, config.temperature))
 
-    def repeat(self, step: int, numbers: list[int]) -> dict:
+    def repeat(self, step: int, update: int, numbers: list[int]) -> dict:
         """Repeats an update of the peer. Returns loss, KL, entropy and gradient norm.
 
-        numbers: of the completions, in the rollout; the peer deals them singly, not by groups."""
+        step: from 1; update: of the step, from 0. numbers: of the completions, in the rollout; the peer deals them singly, not by groups."""
         config, size = self.config, self.config.num_generations
         members = [[n % size for n in numbers if n // size == i] for i in range(len(self.groups))]
         groups = [part(*pair) for pair in zip(self.groups, members, strict=True) if pair[1]]
@@ -145,7 +145,7 @@ class Twin:
                 loss, stats = policy_loss(tokens, config)
                 loss.backward()
                 tally.add(pack, tokens, loss, stats)
-        rate = learning_rate(config, step, config.max_steps)
+        rate = learning_rate(config, step, config.max_steps, update)
         tally.grad_norms.append(self.optimizer.step(rate, config.max_grad_norm))
         found = tally.metrics(self.ranks)
         return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}
