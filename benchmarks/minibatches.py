@@ -8,8 +8,8 @@ of its own, one thread, in turns. Seconds are those of steps, without evaluation
 after each run; a second call continues where the first one ended. `--show FILE` prints the table of
 docs/losses.md.
 
-All other flags are the demo's. Its schedule counts mini-batches, so both have the same rate after as
-many updates. Four updates a rollout also need a pass for the old policy's log-probs (in
+All other flags are the demo's. Its schedule counts mini-batches, so both have the same rate after
+as many updates. Four updates a rollout also need a pass for the old policy's log-probs (in
 `time/reference_s`), which one does not; its seconds are in the table.
 """
 

@@ -135,7 +135,8 @@ class Twin:
     def repeat(self, step: int, update: int, numbers: list[int]) -> dict:
         """Repeats an update of the peer. Returns loss, KL, entropy and gradient norm.
 
-        step: from 1; update: of the step, from 0. numbers: of the completions, in the rollout; the peer deals them singly, not by groups."""
+        step: from 1; update: of the step, from 0. numbers: of the completions, in the rollout; the
+        peer deals them singly, not by groups."""
         config, size = self.config, self.config.num_generations
         members = [[n % size for n in numbers if n // size == i] for i in range(len(self.groups))]
         groups = [part(*pair) for pair in zip(self.groups, members, strict=True) if pair[1]]
