@@ -229,7 +229,9 @@ def test_a_value_beyond_a_bound_is_named(name):
             parse(*NEEDED, f"--{name}={value}")
 
 
-ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
+ONE_UPDATE = (
+    "with one update a step every ratio is 1; --num_iterations and --num_minibatches make more"
+)
 SAPO = ["--loss_type", "sapo", "--num_iterations", "2"]
 CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
 
@@ -247,10 +249,16 @@ CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
         (
             ["--loss_type", "sapo"],
             1,
-            [f"--loss_type sapo: {ONE_UPDATE}, so the gradient is grpo's"],
+            [f"--loss_type sapo: the gradient is grpo's, as {ONE_UPDATE}"],
         ),
-        (CISPO, 1, [f"--loss_type cispo: {ONE_UPDATE}, so the gradient is dapo's"]),
+        (CISPO, 1, [f"--loss_type cispo: the gradient is dapo's, as {ONE_UPDATE}"]),
         ([*CISPO, "--num_iterations", "2"], 1, []),
+        ([*CISPO, "--num_minibatches", "2"], 1, []),
+        (
+            ["--use_bias_correction_kl", "--beta", "0"],
+            1,
+            ["--use_bias_correction_kl has no effect: --beta 0 has no KL term"],
+        ),
         (["--num_iterations", "2", "--epsilon", "0.1", "--epsilon_high", "0.3"], 1, []),
         (
             [*SAPO, "--epsilon", "0.1", "--epsilon_high", "0.28", "--delta", "4"],

@@ -106,8 +106,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def flags(schedule: str, warmup: float) -> SimpleNamespace:
-    return SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=warmup)
+def flags(rate: float, schedule: str, warmup: float, **updates: int) -> SimpleNamespace:
+    known = {"learning_rate": rate, "lr_scheduler_type": schedule, "warmup_ratio": warmup}
+    return SimpleNamespace(**known | {"num_iterations": 1, "num_minibatches": 1} | updates)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
@@ -117,21 +118,26 @@ def test_rates_are_those_of_transformers(schedule, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     scheduler = transformers.get_scheduler(name, optimizer, int(20 * warmup), 20)
     for step in range(20):
-        rate = learning_rate(flags(schedule, warmup), 3e-4, step + 1, 20)
+        rate = learning_rate(flags(3e-4, schedule, warmup), step + 1, 20)
         assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
+        # five steps of four mini-batches, two passes over each: as many changes
+        cut = flags(3e-4, schedule, warmup, num_minibatches=4, num_iterations=2)
+        for update in (2 * (step % 4), 2 * (step % 4) + 1):
+            assert learning_rate(cut, step // 4 + 1, 5, update) == rate
     with pytest.raises(ValueError, match="linear, cosine, constant"):
-        learning_rate(flags("sawtooth", 0.0), 1.0, 1, 1)
+        learning_rate(flags(1.0, "sawtooth", 0.0), 1, 1)
 
 
 def test_the_vision_towers_rate_follows_the_same_schedule():
-    config = flags("cosine", 0.25)
-    config.learning_rate, config.vision_learning_rate = 3e-4, None
-    assert learning_rates(config, 8, 20) == {RATE: learning_rate(config, 3e-4, 8, 20)}
+    config = flags(3e-4, "cosine", 0.25, num_minibatches=2)
+    config.vision_learning_rate = None
+    assert learning_rates(config, 8, 20, 1) == {RATE: learning_rate(config, 8, 20, 1)}
     config.vision_learning_rate = 3e-5
-    for step in range(1, 21):
-        rates = learning_rates(config, step, 20)
+    for update in range(40):
+        rates = learning_rates(config, update // 2 + 1, 20, update % 2)
+        assert rates[RATE] == learning_rate(config, update // 2 + 1, 20, update % 2)
         assert rates[VISION_RATE] == pytest.approx(rates[RATE] / 10, rel=1e-12)
     assert list(learning_rates(config, 3, 20)) == ["learning_rate", "learning_rate/vision"]
 

@@ -172,6 +172,7 @@ def loss_flags(**changes) -> SimpleNamespace:
         "sapo_temperature_neg": 1.05,
         "beta": 0.0,
         "kl_estimator": "k3",
+        "use_bias_correction_kl": False,
         "entropy_coef": 0.0,
     }
     assert changes.keys() <= flags.keys()
