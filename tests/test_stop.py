@@ -19,11 +19,9 @@ from models.decoding.rectangle import SHAPES, HalvedRectangle, SmallestRectangle
 from models.decoding.stop import (
     END,
     Ends,
-    StopStrings,
     automaton,
     byte_characters,
     check_stop,
-    fold,
     read_stop,
     token_bytes,
 )
@@ -32,7 +30,7 @@ from rewards.cls import accuracy_reward
 from rewards.format import format_reward
 from tests.runs import CHECKPOINT, SHARED, Checked
 from tests.test_models import GRIDS
-from tests.tiny import tiny_config, tiny_model, tiny_prompt
+from tests.tiny import cut_short, stop_strings, tiny_config, tiny_model, tiny_prompt
 
 QWEN2 = SHARED / "qwen2_tokenizer"
 
@@ -188,26 +186,6 @@ def test_the_automaton_against_all_short_texts():
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def made_of(pieces: list[bytes], strings: tuple[bytes, ...], stop_ids) -> StopStrings:
-    table = fold(automaton(strings), pieces)
-    table[:, list(stop_ids)] = END
-    return StopStrings(strings, pieces, table)
-
-
-def random_pieces(seed: int) -> list[bytes]:
-    """64 tokens of none to three bytes."""
-    chance = random.Random(seed)
-    return [bytes(chance.choice(b"ab") for _ in range(chance.randrange(4))) for _ in range(64)]
-
-
-def cut(ids: list[int], stop: StopStrings, stop_ids) -> list[int]:
-    for count in range(1, len(ids) + 1):
-        text = b"".join(stop.pieces[token] for token in ids[:count])
-        if ids[count - 1] in stop_ids or any(s in text for s in stop.strings):
-            return ids[:count]
-    return ids
-
-
 @pytest.mark.parametrize("strings", [(b"abbab",), (b"aaaaaa", b"bb"), (b"abababab", b"bbbbbbb")])
 @pytest.mark.parametrize("shapes", [SmallestRectangle(), HalvedRectangle(2, 8), HalvedRectangle()])
 def test_completions_are_those_without_stop_strings_cut_short(monkeypatch, shapes, strings):
@@ -218,8 +196,8 @@ def test_completions_are_those_without_stop_strings_cut_short(monkeypatch, shape
     uniforms = torch.rand(24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stop_ids, whole = (3, 40), Sampling(32)
     ids, logps = generate(model, prompts, 8, whole, uniforms)
-    stop = made_of(random_pieces(seed=0), strings, stop_ids)
-    expected = [cut(one, stop, stop_ids) for one in ids]
+    stop = stop_strings(strings, stop_ids)
+    expected = [cut_short(one, stop, stop_ids) for one in ids]
     assert len({*map(len, expected)}) > 4, "a blunt test"
     for limit in (1, 15, 32):
         sampling = Sampling(limit, stop_ids=stop_ids, stop=stop)
