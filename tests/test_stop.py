@@ -25,7 +25,9 @@ from models.decoding.stop import (
     read_stop,
     token_bytes,
 )
+from models.load import load_model
 from models.processor import Processor
+from models.prompt import Prompt, mrope_position_ids
 from rewards.cls import accuracy_reward
 from rewards.format import format_reward
 from tests.runs import CHECKPOINT, SHARED, Checked
@@ -211,24 +213,30 @@ def test_completions_are_those_without_stop_strings_cut_short(monkeypatch, shape
 
 
 def test_what_stands_in_the_prompt_does_not_count(demo, monkeypatch):
-    """Nor what begins there: the automaton starts with the completion."""
-    answer = demo.tokenizer("</answer>x</answer>", add_special_tokens=False)["input_ids"]
-    script = iter([*answer, *answer])
+    """Nor what begins there and ends in the completion. One string ends it, so it is whole; without
+    strings the limit does."""
 
-    def scripted(logits, sampling, uniform):  # whatever the model says
-        token = torch.full((len(logits),), next(script))
-        return token, torch.zeros(len(logits))
+    def ids_of(text):
+        return demo.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    monkeypatch.setattr(generation, "sample", scripted)
-    model = tiny_model(tiny_config(vocab=400))
-    sampling = Sampling.of(
-        TrainingConfig(max_completion_length=8, stop=["</answer>", "r>x"]), demo
-    ).times(1)
-    row = SimpleNamespace(prompt=lambda processor: tiny_prompt(model.config, []))
-    (group,) = sample_groups(model, [Draw(0, row)], demo, sampling, 0, 0)
-    (ids,) = group.completion_ids
-    assert ids == answer[: len(ids)] and demo.completion_text(ids) == "</answer>"
-    assert group.truncated == [False]
+    answer = ids_of("wer>x</answer>y and so on")
+    ids = torch.tensor(ids_of("</answer></ans"))
+    pixels, grids = demo.encode_images([])
+    prompt = Prompt(ids, *mrope_position_ids(ids, grids, demo.config), pixels, grids, ())
+    model = load_model(CHECKPOINT, torch.float32, "cpu")
+    row = SimpleNamespace(prompt=lambda processor: prompt)
+    for texts, length in ((["</answer>"], len(ids_of("wer>x</answer>"))), (None, len(answer))):
+        script = iter(answer)
+
+        def scripted(logits, sampling, uniform, script=script):  # whatever the model says
+            return torch.full((len(logits),), next(script)), torch.zeros(len(logits))
+
+        monkeypatch.setattr(generation, "sample", scripted)
+        config = TrainingConfig(max_completion_length=len(answer), stop=texts)
+        sampling = Sampling.of(config, demo).times(1)
+        (group,) = sample_groups(model, [Draw(0, row)], demo, sampling, 0, 0)
+        assert group.completion_ids == [answer[:length]]
+        assert group.truncated == [texts is None]
 
 
 def test_two_samplings_with_the_same_strings_are_one_key(demo):
