@@ -16,7 +16,7 @@ from models.mixer import Layout
 from models.qwen_vl import image_features
 from tests.peer import reference_inputs, reference_model
 from tests.test_models import GRIDS
-from tests.tiny import IMAGE, family_config, tiny_config, tiny_model, tiny_prompt
+from tests.tiny import IMAGE, family_config, stop_strings, tiny_config, tiny_model, tiny_prompt
 
 
 def greedy(length, **options):
@@ -223,12 +223,13 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_replayed_steps_draw_what_launched_ones_draw(family):
     """As tests/emulated_gpu/test_decoding.py, on a device: the cache grows, weights and their
-    copies change."""
+    copies change, stop strings end completions."""
     model = cast(tiny_model(family_config(family), torch.float32).to("cuda"), torch.bfloat16)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
     graphs = Graphs(model)
     for limit in (30, 70, 70, 30):
-        sampling = Sampling(limit, stop_ids=tuple(range(0, 60, 12)))
+        ends = tuple(range(0, 60, 12))
+        sampling = Sampling(limit, stop_ids=ends, stop=stop_strings((b"abbab",), ends))
         uniforms = torch.rand(24, limit, dtype=torch.float64)
         found = []
         for model.graphs in (graphs, None):

@@ -87,7 +87,7 @@ TEXTS = [
 
 @pytest.mark.parametrize(
     "which, texts",
-    [*(("demo", texts) for texts in TEXTS), *(("qwen2", TEXTS[i]) for i in (1, 5, 8))],
+    [*(("demo", texts) for texts in TEXTS), *(("qwen2", TEXTS[i]) for i in (1, 8))],
     ids=repr,
 )
 def test_the_end_is_where_the_decoded_text_has_it(request, which, texts):
@@ -137,19 +137,19 @@ def test_the_end_is_where_the_decoded_text_has_it(request, which, texts):
 
 
 def test_the_bytes_of_tokens_are_those_of_the_decoded_text(qwen2):
-    """All of Qwen2's, ten at a time; and added tokens, which stand for their own UTF-8 if one of
-    their characters stands for no byte."""
+    """Of Qwen2's, ten at a time, cut characters among them."""
     pieces = token_bytes(qwen2.tokenizer, 151936)
     assert len(pieces) == 151936 and not any(pieces[len(qwen2.tokenizer) :])
     ids = list(range(len(qwen2.tokenizer)))
     random.Random(0).shuffle(ids)
-    for start in range(0, 30000, 10):
+    for start in range(0, 15000, 10):
         part = ids[start : start + 10]
         text = qwen2.tokenizer.decode(part, clean_up_tokenization_spaces=False)
         assert b"".join(pieces[i] for i in part).decode(errors="replace") == text
 
 
-def test_added_tokens_and_other_tokenizers(tmp_path):
+def test_added_tokens_and_other_tokenizers():
+    """An added token stands for its own UTF-8 if one of its characters stands for no byte."""
     from tokenizers import AddedToken, Tokenizer, decoders
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -188,7 +188,7 @@ def test_the_automaton_against_all_short_texts():
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strings", [(b"abbab",), (b"aaaaaa", b"bb"), (b"abababab", b"bbbbbbb")])
+@pytest.mark.parametrize("strings", [(b"abbab",), (b"abababab", b"bbbbbbb")])
 @pytest.mark.parametrize("shapes", [SmallestRectangle(), HalvedRectangle(2, 8), HalvedRectangle()])
 def test_completions_are_those_without_stop_strings_cut_short(monkeypatch, shapes, strings):
     """And their log-probs; at limits that end at a look, behind it, and before the first."""
