@@ -55,7 +55,10 @@ VARIANTS = {
     "bf16": ["--bf16", "true"],
     "checkpointing": ["--gradient_checkpointing", "true"],
     "batch": ["--scale_rewards", "batch"],
-    "sampling": ["--top_k", "20", "--top_p", "0.9", "--temperature", "1.2"],
+    "sampling": [
+        *("--top_k", "20", "--top_p", "0.9", "--min_p", "0.02", "--temperature", "1.2"),
+        *("--stop", "</answer>", "\n\n"),
+    ],
     "small packs": ["--tokens_per_pack", "1"],
     "tracker": ["--report_to", "tensorboard"],
     "pixels": ["--min_pixels", "12544", "--max_pixels", "12544"],
@@ -113,6 +116,12 @@ def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     if name in ADVANTAGES:
         check_advantages(read_lines(tmp_path / "run" / "completions.jsonl"), ADVANTAGES[name])
     assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
+    if name == "sampling":
+        completions = read_lines(tmp_path / "run" / "completions.jsonl")
+        ended = [c for c in completions if "</answer>" in c["completion"]]
+        assert ended and all(c["completion"].endswith("</answer>") for c in ended)
+        assert not any(c["truncated"] for c in ended)
+        assert all(c["tokens"] == 40 for c in completions if c["truncated"])
     if name == "tracker":
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 

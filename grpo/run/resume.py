@@ -137,9 +137,11 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
     changed = [
-        f"--{f.name}: {state.config.get(f.name)!r} then, {getattr(config, f.name)!r} now"
+        f"--{f.name}: {then!r} then, {now!r} now"
         for f in fields(config)
-        if not f.metadata["may_change"] and state.config.get(f.name) != getattr(config, f.name)
+        # a flag that was not there yet: by default a run is what it was without
+        if (then := state.config.get(f.name, f.default)) != (now := getattr(config, f.name))
+        and not f.metadata["may_change"]
     ]
     if changed:
         raise UserError(
