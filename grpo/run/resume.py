@@ -136,10 +136,13 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
             raise TypeError("config and facts are not tables")
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
+    then = state.config
+    if isinstance(one := then.get("dataset_name"), str):  # before there could be several
+        then = {**then, "dataset_name": [one]}
     changed = [
-        f"--{f.name}: {state.config.get(f.name)!r} then, {getattr(config, f.name)!r} now"
+        f"--{f.name}: {then.get(f.name)!r} then, {getattr(config, f.name)!r} now"
         for f in fields(config)
-        if not f.metadata["may_change"] and state.config.get(f.name) != getattr(config, f.name)
+        if not f.metadata["may_change"] and then.get(f.name) != getattr(config, f.name)
     ]
     if changed:
         raise UserError(
