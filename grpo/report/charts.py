@@ -4,6 +4,7 @@ Not here: drawing (page.js, with Plotly), and what a metric means (docs/metrics.
 """
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo.report.read import RunRecord
@@ -25,6 +26,7 @@ CHARTS = (
     ("time", "Time by phase", "s", ("step_time", "time/*"), False),
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
+OF_EACH_SET = ("reward", "terms", "held-out")
 NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
 # Of several runs: a chart for each metric, a line for each run. Pattern, unit, moving mean.
 COMPARED = (
@@ -65,6 +67,15 @@ def logged_names(runs: list[RunRecord]) -> list[str]:
     return list(dict.fromkeys(name for kind in kinds for name in kind))
 
 
+def set_of(name: str, datasets: Iterable[str]) -> tuple[str, str]:
+    """(the data set that a metric is of, the metric's name without it): reward/flowers is reward of
+    flowers. "" if it is of all of them."""
+    parts = name.split("/")
+    if len(parts) > 1 and parts[1] in datasets:
+        return parts[1], "/".join([parts[0], *parts[2:]])
+    return "", name
+
+
 def names_like(logged: list[str], patterns: tuple[str, ...]) -> list[str]:
     """Those of the logged metrics that match a pattern and none of NOT_DRAWN."""
 
@@ -85,16 +96,22 @@ def short_name(name: str) -> str:
 
 
 def charts_of(run: RunRecord) -> list[dict]:
-    """The charts of one run, a line for each metric."""
-    charts, logged = [], logged_names([run])
+    """The charts of one run, a line for each metric. The reward, its terms and what is held out
+    have a chart of each of several data sets, too."""
+    charts, logged = [], [(set_of(name, run.datasets), name) for name in logged_names([run])]
     for key, title, unit, patterns, smooth in CHARTS:
-        lines = [
-            _line(short_name(name), series_of(run, name), smooth, name.startswith("eval/"), color)
-            for color, name in enumerate(names_like(logged, patterns))
-        ]
-        if key == "failures":  # most runs never see three of the six reasons
-            lines = [line for line in lines if any(line["y"])]
-        charts.append(_chart(key, title, unit, lines, _marks(run)))
+        for number, dataset in enumerate(("", *run.datasets)):
+            if dataset and key not in OF_EACH_SET:
+                continue
+            full = {plain: name for (whose, plain), name in logged if whose == dataset}
+            lines = [
+                _line(short_name(plain), series_of(run, full[plain]), smooth, key == "held-out", c)
+                for c, plain in enumerate(names_like(list(full), patterns))
+            ]
+            if key == "failures":  # most runs never see three of the six reasons
+                lines = [line for line in lines if any(line["y"])]
+            own, of = f"{key}-{number}" if dataset else key, f" of {dataset}" * bool(dataset)
+            charts.append(_chart(own, title + of, unit, lines, _marks(run)))
     return [chart for chart in charts if chart["lines"]]
 
 
