@@ -101,7 +101,7 @@ def one_kind(
             f"of solution"
         )
     if others:
-        found = "; ".join(f"{source}: {' and '.join(k)}" for source, k in of_source.items())
+        found = "; ".join(f"{source}: {' and '.join(sorted(k))}" for source, k in of_source.items())
         raise UserError(f"the data sets differ ({found}): one run trains one kind of solution")
     return first
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from itertools import count as count_from
 from pathlib import Path
 
-from data.rows import Fault, Row, SplitRows
+from data.rows import Row, SplitRows
 from data.tables import SUFFIX
 
 FILES = {*SUFFIX, ".json", ".yaml", ".yml", ".xml", ".zip"}  # what is no part of a set's name
@@ -80,10 +80,6 @@ class JoinedRows(Sequence[Row]):
     def sizes(self) -> list[list[tuple[int, int]]]:
         """(width, height) in pixels of each row's images."""
         return [sizes for part in self.parts for sizes in part.sizes]
-
-    @property
-    def faults(self) -> list[Fault]:
-        return [fault for part in self.parts for fault in part.faults]
 
     @property
     def wording(self):

@@ -19,8 +19,8 @@ from data.stream import PromptStream, WeightedStream
 from grpo.flags.combine import without_effect
 from grpo.flags.config import TrainingConfig
 from grpo.plan.plan import open_questions, sources
-from grpo.report.charts import charts_of
-from grpo.report.page import headline
+from grpo.report.charts import charts_of, set_of
+from grpo.report.page import headline, run_page
 from grpo.report.pictures import Album
 from grpo.report.read import read_run
 from grpo.run.checkpoint import State
@@ -94,7 +94,7 @@ def loaded(*names, script=train_cls, **flags) -> tuple:
         (["demo:flowers", "one, two/"], ["flowers", "one_two"]),
         (["a b", "a_b"], ["a_b", "a_b-2"]),
         (["x/AP", "花/"], ["AP-2", "花"]),
-        (["../..", "/"], ["data", "data-2"]),
+        (["/", "///"], ["data", "data-2"]),
     ],
 )
 def test_short_names(given, names):
@@ -360,6 +360,17 @@ def test_it_is_resumed_exactly(weighted, tmp_path):
         train(again, *more)
 
 
+def test_a_set_may_be_called_as_a_term_is():
+    """Which numbers are of which set, where a name alone does not tell."""
+    own = ["reward/accuracy", "rewards/accuracy/format/mean", "eval/accuracy/pass@2/format"]
+    own += ["completions/accuracy/mean_length", "sampling/accuracy/prompts", "epoch/accuracy"]
+    joint = ["rewards/accuracy/mean", "eval/accuracy", "eval/mean@2/accuracy", "eval/AP50/other"]
+    joint += ["dead_groups/other", "sampling/prompts", "reward"]
+    for name in own + joint:
+        assert bool(set_of(name, ("accuracy", "other"))[0]) == (name in own), name
+    assert set_of(own[1], ("accuracy",)) == ("accuracy", "rewards/format/mean")
+
+
 def test_its_report_shows_each_set(weighted, halves):
     run = read_run(weighted)
     assert run.datasets == dict(zip(("early", "late"), halves, strict=True))
@@ -377,3 +388,5 @@ def test_its_report_shows_each_set(weighted, halves):
     solutions = [album.row(True, name, 5).solution for name in ("early", "late")]
     assert len(set(solutions)) == 2 and not album.notes
     assert album.picture(False, "early", 0).uri != album.picture(False, "late", 0).uri
+    page = run_page(run)
+    assert "Row 5 of late: <bdi>late: " in page and "Reward, term by term of early" in page

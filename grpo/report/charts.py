@@ -4,6 +4,7 @@ Not here: drawing (page.js, with Plotly), and what a metric means (docs/metrics.
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ CHARTS = (
     ("time", "Time by phase", "s", ("step_time", "time/*"), False),
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
+# The first part of a metric that a data set has its own of -> how many parts that one has at least.
+OF_A_SET = {"reward": 2, "reward_std": 2, "frac_reward_zero_std": 2, "epoch": 2}
+OF_A_SET |= {"rewards": 4, "completions": 3, "sampling": 3, "eval": 3}
 OF_EACH_SET = ("reward", "terms", "held-out")
 NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
 # Of several runs: a chart for each metric, a line for each run. Pattern, unit, moving mean.
@@ -71,7 +75,7 @@ def set_of(name: str, datasets: Iterable[str]) -> tuple[str, str]:
     """(the data set that a metric is of, the metric's name without it): reward/flowers is reward of
     flowers. "" if it is of all of them."""
     parts = name.split("/")
-    if len(parts) > 1 and parts[1] in datasets:
+    if len(parts) >= OF_A_SET.get(parts[0], math.inf) and parts[1] in datasets:
         return parts[1], "/".join([parts[0], *parts[2:]])
     return "", name
 
