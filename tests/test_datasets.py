@@ -281,8 +281,9 @@ def test_each_set_has_its_own_frame(two_frames):
     assert task.frames.described([(400, 300)]) == {"sets": {"px": sizes, "th": sizes}}
 
 
-def test_average_precision_of_each_set_and_together(two_frames):
-    """Their ids are the same; together an image of one is no image of the other."""
+def test_average_precision_of_each_set_and_together(two_frames, tmp_path):
+    """Their ids are the same; together an image of one is no image of the other, and a category of
+    the same name is one."""
     config, data = loaded(*two_frames, script=train_det)
     task = train_det.read_task(config, data, [])
     right = [train_det.truth(row, task) for row in data.eval_rows]
@@ -295,6 +296,17 @@ def test_average_precision_of_each_set_and_together(two_frames):
     metrics, _ = average_precisions([right[0], None], data.eval_rows, task.frames)
     assert metrics["eval/AP50"] == pytest.approx(0.5)
     assert (metrics["eval/px/AP50"], metrics["eval/th/AP50"]) == pytest.approx((1, 0))
+    cups = boxes_set(tmp_path / "cups", "from 0 to 1000", [100, 100, 900, 800])
+    config, data = loaded(two_frames[0], cups, script=train_det)
+    task = train_det.read_task(config, data, [])
+    both = ", ".join(
+        f"{{'Position': {box}, 'Confidence': 0.9}}"
+        for box in ([100, 100, 1000, 1000], [100, 100, 900, 800])
+    )  # of px's image and of its own
+    metrics, _ = average_precisions([None, f"[{both}]"], data.eval_rows, task.frames)
+    assert {name for name in metrics if "AP50/" in name} == {
+        "eval/AP50/cup", "eval/cups/AP50/cup", "eval/px/AP50/cup"}  # fmt: skip
+    assert metrics["eval/AP50/cup"] < 0.6 and metrics["eval/px/AP50"] == 0
 
 
 def test_a_set_of_another_script_is_named_with_a_command_that_works(halves, two_frames, tmp_path):
