@@ -142,7 +142,7 @@ def test_a_checkpoint_of_before_there_could_be_several_is_resumed(tmp_path):
     state = asdict(State(step=2, steps=5, config={**asdict(config), "dataset_name": "d"}))
     assert read_state(tmp_path, state, config, 5, {}).step == 2
     other = TrainingConfig(model_name_or_path="m", dataset_name=["d", "e"], max_steps=5)
-    with pytest.raises(UserError, match=r"--dataset_name: \['d'\] then, \['d', 'e'\] now"):
+    with pytest.raises(UserError, match=r"--dataset_name: 'd' then, \['d', 'e'\] now"):
         read_state(tmp_path, state, other, 5, {})
 
 

@@ -136,13 +136,12 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
             raise TypeError("config and facts are not tables")
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
-    then = state.config
-    if isinstance(one := then.get("dataset_name"), str):  # before there could be several
-        then = {**then, "dataset_name": [one]}
+    both = {f.name: (state.config.get(f.name), getattr(config, f.name)) for f in fields(config)}
+    both["dataset_name"] = tuple(map(_one, both["dataset_name"]))
     changed = [
-        f"--{f.name}: {then.get(f.name)!r} then, {getattr(config, f.name)!r} now"
+        f"--{f.name}: {both[f.name][0]!r} then, {both[f.name][1]!r} now"
         for f in fields(config)
-        if not f.metadata["may_change"] and then.get(f.name) != getattr(config, f.name)
+        if not f.metadata["may_change"] and both[f.name][0] != both[f.name][1]
     ]
     if changed:
         raise UserError(
@@ -158,6 +157,11 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
         )
     check_facts(folder, state, facts)
     return state
+
+
+def _one(names: list[str] | str | None) -> list[str] | str | None:
+    """--dataset_name as it was before there could be several: the name itself if there is one."""
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
 
 
 def check_facts(folder: Path, state: State, facts: dict[str, str]) -> None:
