@@ -389,10 +389,10 @@ def test_its_report_shows_each_set(weighted, halves):
     assert run.datasets == dict(zip(("early", "late"), halves, strict=True))
     charts = {chart["title"]: [line["name"] for line in chart["lines"]] for chart in charts_of(run)}
     terms = ["accuracy", "format", "mean@2/accuracy", "pass@2/accuracy"]
-    for title in ("Held out", "Held out of early", "Held out of late"):
+    for title in ("Held out", "Held out: early", "Held out: late"):
         assert set(terms) <= set(charts[title]), title
         assert not any(name.startswith(("early", "late")) for name in charts[title])
-    assert charts["Reward of late"] == ["reward"]
+    assert charts["Reward: late"] == ["reward"]
     assert {"accuracy", "early/accuracy", "late/accuracy"} <= {
         line["name"] for line in headline(run)
     }
@@ -402,4 +402,4 @@ def test_its_report_shows_each_set(weighted, halves):
     assert len(set(solutions)) == 2 and not album.notes
     assert album.picture(False, "early", 0).uri != album.picture(False, "late", 0).uri
     page = run_page(run)
-    assert "Row 2 of late: <bdi>late: " in page and "Reward, term by term of early" in page
+    assert "Row 2 of late: <bdi>" in page and ">late: " in page and "term by term: early" in page

@@ -114,8 +114,8 @@ def charts_of(run: RunRecord) -> list[dict]:
             ]
             if key == "failures":  # most runs never see three of the six reasons
                 lines = [line for line in lines if any(line["y"])]
-            own, of = f"{key}-{number}" if dataset else key, f" of {dataset}" * bool(dataset)
-            charts.append(_chart(own, title + of, unit, lines, _marks(run)))
+            own, whose = (f"{key}-{number}", f": {dataset}") if dataset else (key, "")
+            charts.append(_chart(own, title + whose, unit, lines, _marks(run)))
     return [chart for chart in charts if chart["lines"]]
 
 

@@ -57,12 +57,14 @@ class Gallery:
         if before:
             drawn += draw("before", before["answer"], picture, frames, None)
         drawn += draw("after", after["answer"], picture, frames, None)
+        kind = class_of(after, row, self.boxes)
         change = self._value(after) - self._value(before) if before else 0.0
         answers = [self._answer("before", before)] if before else []
         return {
             "row": number,
             "called": called(dataset, number),
-            "class": shortened(of_set(dataset, class_of(after, row, self.boxes)), 80),
+            "title": shortened(kind, 80),
+            "class": shortened(of_set(dataset, kind), 80),
             "picture": picture,
             "images": len(row.images) if row else 0,
             "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
@@ -127,7 +129,6 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
             "step": step,
             "prompt": prompt,
             "row": index,
-            "called": called(dataset, index),
             "truth": shortened(truth, LETTERS_OF_A_CARD),
             "class": shortened(of_set(dataset, class_of(records[0], row, boxes)), 80),
             "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
