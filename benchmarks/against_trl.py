@@ -11,6 +11,9 @@ two agree. What TRL computes otherwise is printed beside each line:
   weights, as the KL term has (the same for dapo and cispo).
 * top entropy: TRL counts all tokens of the batch for its threshold, here those with an advantage.
 * dr_grpo, grpo, sapo and truncated completions: both count a completion that is left out in N.
+* KL with the ratio: TRL takes the ratio of --importance_sampling_level, here it is the token's own,
+  which is what the paper's equation has. So with `sequence` the two differ; the line is marked, and
+  not part of what must agree.
 """
 
 import importlib.metadata
@@ -43,7 +46,15 @@ CASES = {  # flags, all under TRL's names
     "entropy bonus, cispo": "loss_type=cispo epsilon_high=5.0 entropy_coef=0.1",
     "top entropy": "loss_type=dapo top_entropy_quantile=0.2 beta=0.04",
     "top entropy, cispo": "loss_type=cispo epsilon_high=5.0 top_entropy_quantile=0.3",
+    "KL with ratio": "loss_type=dapo beta=0.04 use_bias_correction_kl=1",
+    "KL with ratio, grpo": "loss_type=grpo beta=0.04 use_bias_correction_kl=1",
+    "KL with ratio, two-sided": "loss_type=grpo delta=1.5 beta=0.04 use_bias_correction_kl=1",
+    "KL with ratio, cispo": "loss_type=cispo epsilon_high=1.5 beta=0.04 use_bias_correction_kl=1",
+    "KL with ratio, sapo": "loss_type=sapo beta=0.04 use_bias_correction_kl=1",
+    "KL with ratio, GSPO": "loss_type=grpo importance_sampling_level=sequence beta=0.04 "
+    "use_bias_correction_kl=1",
 }
+DIFFERENT = ("KL with ratio, GSPO",)
 
 
 def values(text: str) -> dict:
@@ -93,7 +104,7 @@ def theirs(flags: TrainingConfig, data: dict) -> tuple[float, torch.Tensor, torc
         importance_sampling_level=flags.importance_sampling_level,
         beta=flags.beta,
         args=SimpleNamespace(
-            use_bias_correction_kl=False,
+            use_bias_correction_kl=flags.use_bias_correction_kl,
             delta=flags.delta,
             sapo_temperature_pos=flags.sapo_temperature_pos,
             sapo_temperature_neg=flags.sapo_temperature_neg,
@@ -154,7 +165,7 @@ def ours(flags: TrainingConfig, data: dict) -> tuple[float, torch.Tensor, torch.
 def main() -> int:
     stand_in_for_torchvision()
     print(f"TRL {importlib.metadata.version('trl')}; float64; largest differences")
-    print(f"{'':24}{'loss':>10}{'value':>10}{'gradient':>10}{'of entropy':>12}")
+    print(f"{'':36}{'loss':>10}{'value':>10}{'gradient':>10}{'of entropy':>12}")
     worst = 0.0
     for masked in (False, True):
         data = tensors(masked)
@@ -162,9 +173,12 @@ def main() -> int:
             flags = TrainingConfig(**({"beta": 0.0} | values(text)))
             (a, ga, ea), (b, gb, eb) = ours(flags, data), theirs(flags, data)
             apart = abs(a - b), (ga - gb).abs().max().item(), (ea - eb).abs().max().item()
-            worst = max(worst, *apart)
+            differ = name in DIFFERENT
+            assert not differ or apart[0] > 1e-6, f"{name} agrees: it is to be compared"
+            worst = worst if differ else max(worst, *apart)
             name += ", truncated" * masked
-            print(f"{name:28}{b:10.5f}" + "".join(f"{number:10.1e}" for number in apart))
+            line = f"{name:36}{b:10.5f}" + "".join(f"{number:10.1e}" for number in apart)
+            print(line + "  another ratio" * differ)
     assert worst < 1e-6, worst  # TRL's SAPO has its temperatures in float32
     return 0
 

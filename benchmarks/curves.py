@@ -18,6 +18,13 @@ def runs_of(report: dict) -> dict[str, list[dict]]:
     return {kind: found for kind, found in runs.items() if found}
 
 
+def steps_of(report: dict) -> str:
+    """What a step is, where it is not the demo's own."""
+    prompts, updates = report.get("prompts"), report.get("num_minibatches", 1)
+    of = f" of {prompts} prompts" if prompts else ""
+    return f"steps{of}" + (f", {updates} updates each" if updates > 1 else "")
+
+
 def reached(points: list[dict], score: str, target: float, by: str) -> float:
     """The seconds or the step (`by`) at which the score first reached `target`, between two
     evaluations on a straight line; infinite if it never did."""
@@ -46,7 +53,7 @@ def show(report: dict) -> None:
         steps = [seconds for run in found for seconds in run["columns"]["step_time"][1:]]
         print(f"{KINDS[kind]:5}{statistics.median(steps):.3f} s a step, median")
 
-    print(f"\n{score} by step, mean (least to most) over seeds")
+    print(f"\n{score} by {steps_of(report)}, mean (least to most) over seeds")
     for i, point in enumerate(report["runs"][0]["held_out"]):
         line = f"{point['step']:5}"
         for kind, found in runs.items():
@@ -73,7 +80,7 @@ def show(report: dict) -> None:
 def plot(report: dict, file: Path) -> None:
     """Score by seconds, and by steps: a thin line for each seed, a thick one for the median."""
     panels = []
-    for by, title in (("seconds", "seconds of training"), ("step", "steps")):
+    for by, title in (("seconds", "seconds of training"), ("step", steps_of(report))):
         curves = []  # points, color, name; thin ones have no name
         for kind, found in runs_of(report).items():
             lines = [[(p[by], p[report["score"]]) for p in run["held_out"]] for run in found]

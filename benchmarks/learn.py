@@ -1,6 +1,7 @@
 """What a demo learns here and in TRL's GRPOTrainer: held-out score by seconds and by steps.
 
     python benchmarks/learn.py --seeds 0 1 2 --json FILE --plot FILE.svg
+    python benchmarks/learn.py --prompts 32 --num_minibatches 4 --steps 25 --every 1 --json FILE
     python benchmarks/learn.py --read FILE --plot FILE.svg
 
 Both train the demo's checkpoint on its rows with its flags (data/demo_cls/demo.yaml), in float32 on
@@ -11,9 +12,15 @@ a model of ours with the peer's weights.
 
 Each run asserts that the peer gets our token ids and pixels and returns our texts, stops at our
 stop tokens and never samples what is never sampled here, has our learning rate at each step and our
-score before the first. Its first 8 steps are repeated here on its completions, and must give its
+score before the first. Its first 8 updates are repeated here on its completions, and must give its
 losses, KLs, entropies, gradient norms and weights. What differs: random numbers, the order of
 prompts, and that the peer's log-probs include the tokens that are never sampled.
+
+With --num_minibatches N a step is a rollout and its N updates here; the peer has
+steps_per_generation N, and its N steps are taken together. Two things differ more, and the
+repetition does as the peer does: it deals the completions of a rollout singly to its updates, so
+that groups are torn apart, here groups stay whole; and with the demos' loss, dapo, it divides each
+update by the rollout's mean number of tokens an update, here it is the update's own.
 docs/performance.md says how to install the peer.
 """
 
@@ -46,7 +53,7 @@ NAMES = (  # recorded of each step, with the mean of each reward term
     *("completions/mean_length", "completions/clipped_ratio"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean"),
 )
-COMPARED = 8  # of the peer's steps are made here too
+COMPARED = 8  # of the peer's updates are made here too
 
 
 def flags(settings: dict) -> list[str]:
@@ -54,6 +61,9 @@ def flags(settings: dict) -> list[str]:
     line = f"--seed {settings['seed']} --eval_steps {settings['every']} --bf16 false "
     line += f"--max_steps {settings['steps']} " if settings["steps"] else ""
     line += f"--eval_samples {settings['held_out']} " if settings["held_out"] else ""
+    line += f"--prompts_per_step {settings['prompts']} " if settings["prompts"] else ""
+    if settings["num_minibatches"] > 1:
+        line += f"--num_minibatches {settings['num_minibatches']} "
     return [*line.split(), "--output_dir", str(Path(settings["folder"]) / f"run-{os.getpid()}")]
 
 
@@ -61,6 +71,16 @@ def kept(line: dict) -> dict:
     """The metrics of a step that are recorded; both trainers have the same names."""
     terms = [name for name in line if re.fullmatch(r"rewards/\w+/mean", name)]
     return {name: line[name] for name in (*NAMES, *terms)}
+
+
+def together(updates: list[dict]) -> dict:
+    """A step's metrics from those of its updates: the mean over the updates that have it, and the
+    last learning rate. Those about the rollout stand in the first."""
+    names = kept(updates[0])
+    means = {
+        name: statistics.fmean(each[name] for each in updates if name in each) for name in names
+    }
+    return means | {"learning_rate": updates[-1]["learning_rate"]}
 
 
 # ---- ours ---------------------------------------------------------------------------------------
@@ -89,6 +109,7 @@ def ours(settings: dict) -> dict:
 def peer(settings: dict) -> dict:
     """TRL's GRPOTrainer with the demo's flags."""
     import torch
+    import trl.trainer.grpo_trainer as internals
     from datasets import Dataset
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -103,8 +124,10 @@ def peer(settings: dict) -> dict:
     assert config.num_iterations == 1 and config.overlong_buffer == 0 and config.beta > 0
     assert config.kl_estimator == "k3" and config.optim == "adamw_torch"
     assert not (config.dynamic_sampling or config.use_peft or config.freeze_vision)
+    parts, samples = config.num_minibatches, config.prompts_per_step * config.num_generations
+    assert samples % parts == 0
     scored = functools.cache(twin.score)
-    seconds, steps, held_out = [], [], []
+    seconds, updates, held_out = [], [], []  # seconds and metrics of each update
 
     def reward(term: str):
         def of_completions(completions, completion_ids, row, **_):
@@ -124,19 +147,28 @@ def peer(settings: dict) -> dict:
 
         def on_step_end(self, args, state, control, model, **_):
             seconds.append(time.perf_counter() - self.started)
-            step, every = state.global_step, settings["every"]
-            twin.check_texts()
-            if step == 1:
+            update, step = state.global_step, math.ceil(state.global_step / parts)
+            place, every = (update - 1) % parts, settings["every"]
+            if place == 0:  # it has sampled
+                twin.check_texts()
+            if update == 1:
                 twin.check_inputs()
-            self.made_here = twin.repeat(step) if step <= COMPARED else {}
-            if step == COMPARED:
+            self.made_here = {}
+            if update <= COMPARED:
+                if place == 0:
+                    twin.take_rollout()
+                numbers = trainer._buffered_inputs[place]["number"].tolist()
+                self.made_here = twin.repeat(step, place, numbers)
+            due = step == config.max_steps or (every and step % every == 0)
+            due = due and place == parts - 1
+            if update == COMPARED or (due and update < COMPARED):
                 twin.check_weights(model)
-            if step == config.max_steps or (every and step % every == 0):
+            if due:
                 held_out.append({"step": step, **twin.measure(model)})
 
         def on_log(self, args, state, control, logs, **_):
             if "grad_norm" in logs:
-                steps.append(kept(logs))
+                updates.append(dict(logs))
                 for name, value in self.made_here.items():
                     pair = value, logs[name]
                     assert math.isclose(*pair, rel_tol=1e-3, abs_tol=1e-6), f"{name} is {pair}"
@@ -144,19 +176,22 @@ def peer(settings: dict) -> dict:
     processor = AutoProcessor.from_pretrained(twin.folder, padding_side="left")
     bounds = {"shortest_edge": own.min_pixels, "longest_edge": own.max_pixels}
     processor.image_processor.size = bounds
-    same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_steps")
+    same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")
     same += ("beta", "loss_type", "scale_rewards", "epsilon", "epsilon_high", "num_iterations")
-    same += ("temperature", "top_p", "top_k", "num_generations", "max_completion_length", "seed")
+    same += ("temperature", "top_p", "top_k", "num_generations", "max_completion_length")
     same += ("gradient_checkpointing", "mask_truncated_completions")
     arguments = GRPOConfig(
         **{name: getattr(config, name) for name in same},
         output_dir=config.output_dir,
         use_cpu=True,
         bf16=False,
-        per_device_train_batch_size=config.prompts_per_step * config.num_generations,
+        max_steps=parts * config.max_steps,
+        per_device_train_batch_size=samples // parts,
+        steps_per_generation=parts,
+        gradient_accumulation_steps=1,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps, rounded up
         use_bias_correction_kl=False,  # on by default, and another gradient than the paper's
-        reward_weights=list(twin.weights.values()),
+        reward_weights=list(twin.task.reward_weights.values()),
         optim="adamw_torch_fused",
         generation_kwargs={"suppress_tokens": own.suppressed_ids},
         model_init_kwargs={"dtype": torch.float32},
@@ -174,7 +209,7 @@ def peer(settings: dict) -> dict:
     }
     trainer = GRPOTrainer(
         model=str(twin.folder),
-        reward_funcs=[reward(term) for term in twin.weights],
+        reward_funcs=[reward(term) for term in twin.task.reward_weights],
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         processing_class=processor,
@@ -192,8 +227,19 @@ def peer(settings: dict) -> dict:
         return generate(**inputs)
 
     trainer.model.generate = noted
+    shuffled = internals.shuffle_sequence_dict
+
+    def numbered(batch):  # before it is dealt to updates: which completion is which
+        return shuffled(batch | {"number": torch.arange(samples)})
+
+    internals.shuffle_sequence_dict = numbered
     trainer.train()
-    return {"seconds": seconds, "steps": steps, "held_out": held_out}
+    firsts = range(0, len(updates), parts)
+    return {
+        "seconds": [sum(seconds[first : first + parts]) for first in firsts],
+        "steps": [together(updates[first : first + parts]) for first in firsts],
+        "held_out": held_out,
+    }
 
 
 # ---- the comparison -----------------------------------------------------------------------------
@@ -215,8 +261,10 @@ def train_all(options: argparse.Namespace) -> dict:
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     report = {"task": options.task, "score": score, "target": target, "versions": versions}
     report |= {"cores": os.cpu_count(), "runs": []}
+    report |= {name: getattr(options, name) for name in ("prompts", "num_minibatches")}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {name: getattr(options, name) for name in ("steps", "every", "held_out")}
+        names = ("steps", "every", "held_out", "prompts", "num_minibatches")
+        settings = {name: getattr(options, name) for name in names}
         settings |= {"script": script, "score": score, "folder": folder, "seed": options.seeds[0]}
         candidates = {"ours": options.threads, "peer": options.peer_threads or options.threads}
         threads = {kind: fastest(kind, settings, candidates[kind]) for kind in options.only}
@@ -269,6 +317,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="by default as many as the demo has")
     parser.add_argument("--every", type=int, default=10, help="steps from evaluation to evaluation")
+    parser.add_argument("--prompts", type=int, help="of a step, by default as the demo has")
+    parser.add_argument("--num_minibatches", type=int, default=1, help="updates of a step")
     parser.add_argument("--held_out", type=int, help="first N held-out rows only")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1], help="of several the fastest is taken"

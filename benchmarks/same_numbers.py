@@ -2,7 +2,8 @@
 
 Trains the demos with the same flags from another revision of this repository and from this working
 tree, and compares what comes out: completions.jsonl and final/model.safetensors byte for byte,
-metrics.jsonl without times and memory (lines of one step merged), and the names of the files.
+metrics.jsonl without times, memory and new metrics (lines of one step merged), and the names of the
+files.
 Prints one line for each case with the SHA-256 of all three; exits with 1 if any case differs.
 
 One thread per process, so that the sums are the same whatever else the machine does. The runs of
@@ -107,23 +108,27 @@ def train(house: Path, folder: Path, ranks: int, script: str, flags: str) -> Non
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def metrics(folder: Path) -> dict[int, dict]:
-    """Step -> its metrics, without times and memory."""
+def metrics(folder: Path, names: set[str] | None = None) -> dict[int, dict]:
+    """Step -> its metrics, without times and memory. names: those to keep, by default all."""
     steps: dict[int, dict] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         numbers = json.loads(line)
         kept = {k: v for k, v in numbers.items() if not k.startswith(("time/", "memory/"))}
         kept.pop("step_time", None)
+        kept = {k: v for k, v in kept.items() if names is None or k in names}
         steps.setdefault(numbers["step"], {}).update(kept)
     return steps
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each thing that must stay the same; the names of the files are one of them."""
+def digests(folder: Path, names: set[str]) -> dict[str, str]:
+    """SHA-256 of each thing that must stay the same; the names of the files are one of them.
+
+    names: of the metrics that are compared.
+    """
     contents = {
         "completions": (folder / "completions.jsonl").read_bytes(),
         "weights": (folder / "final" / "model.safetensors").read_bytes(),
-        "metrics": json.dumps(metrics(folder), sort_keys=True).encode(),
+        "metrics": json.dumps(metrics(folder, names), sort_keys=True).encode(),
     }
     found = {name: hashlib.sha256(content).hexdigest()[:12] for name, content in contents.items()}
     return found | {"files": " ".join(sorted(path.name for path in folder.iterdir()))}
@@ -150,16 +155,20 @@ def main() -> None:
         subprocess.run(["rm", "-rf", str(after)], check=True)
         train(old, before, *CASES[name])
         train(HERE, after, *CASES[name])
-        was, now = digests(before), digests(after)
+        names = {name for numbers in metrics(before).values() for name in numbers}
+        more = {name for numbers in metrics(after).values() for name in numbers} - names
+        was, now = digests(before, names), digests(after, names)
         same = was == now
         differ |= not same
         shown = " ".join(f"{what} {now[what]}" for what in ("completions", "weights", "metrics"))
         print(f"{'same  ' if same else 'DIFFER'} {name:28} {shown}", flush=True)
+        if more:
+            print(f"       new metrics, not compared: {', '.join(sorted(more))}")
         for what in was:
             if was[what] != now[what]:
                 print(f"       {what}: {was[what]} -> {now[what]}")
         if was["metrics"] != now["metrics"]:
-            old_steps, new_steps = metrics(before), metrics(after)
+            old_steps, new_steps = metrics(before, names), metrics(after, names)
             for step in sorted(old_steps.keys() | new_steps.keys()):
                 a, b = old_steps.get(step, {}), new_steps.get(step, {})
                 changed = {k: (a.get(k), b.get(k)) for k in a.keys() | b.keys()}

@@ -24,9 +24,11 @@ def change(seed: int | None, steps: int) -> float:
     chance, pool = random.Random(seed), []
 
     def shuffled(*arguments):
-        judged = TRUE_JUDGE(*arguments)
-        pool.extend(record.reward for group in judged for record in group)
-        return [[replace(r, reward=chance.choice(pool)) for r in group] for group in judged]
+        groups, *_ = arguments
+        TRUE_JUDGE(*arguments)
+        pool.extend(record.reward for group in groups for record in group.records)
+        for group in groups:
+            group.records = [replace(r, reward=chance.choice(pool)) for r in group.records]
 
     train_det.judge = TRUE_JUDGE if seed is None else shuffled
     with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ class Twin:
             sum((there[name] - weight).square().sum().item() for name, weight in other.items())
             for other in (own, start)
         )
-        assert apart < 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
+        assert apart <= 1e-6 * way, f"squared distances: {apart} between them, {way} of the way"
 
     def check_texts(self) -> None:
         """Asserts that the peer's texts are ours, and that it sampled none of the tokens that are
@@ -106,34 +106,56 @@ class Twin:
         assert self.latest["texts"] == [self.processor.completion_text(one) for one in ids]
         assert not {*self.processor.suppressed_ids} & {*itertools.chain(*ids)}
 
-    def repeat(self, step: int) -> dict:
-        """Repeats the peer's step on its completions. Returns loss, KL, entropy and gradient norm.
+    def take_rollout(self) -> None:
+        """Makes the groups of the peer's latest rollout, with all that its updates need.
 
-        No token is suppressed, as the peer's log-probs include all of them."""
-        config, ids = self.config, self.latest["ids"]
-        pairs = zip(self.latest["texts"], self.latest["rows"], strict=True)
+        Weights are TRL's: the whole rollout's, times its updates. With --loss_type dapo or cispo an
+        update's loss is therefore divided by the rollout's mean number of tokens an update, here by
+        its own. No token is suppressed, as the peer's log-probs include all of them."""
+        config, ids, rows = self.config, self.latest["ids"], self.latest["rows"]
         weights = self.task.reward_weights
+        pairs = zip(self.latest["texts"], rows, strict=True)
         earned = [[weights[k] * v for k, v in self.score(*pair).items()] for pair in pairs]
-        shape, groups = (-1, config.num_generations), []
-        for first in range(0, len(ids), config.num_generations):
-            prompt = self.rows[self.latest["rows"][first]].prompt(self.processor)
-            some = ids[first : first + config.num_generations]
-            groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some]))
-        rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(shape)
+        size, self.groups, self.model.suppressed_ids = config.num_generations, [], None
+        for first in range(0, len(ids), size):
+            prompt, some = self.rows[rows[first]].prompt(self.processor), ids[first : first + size]
+            self.groups.append(Group(prompt, some, [torch.zeros(len(one)) for one in some]))
+        rewards = torch.tensor(earned, dtype=torch.float64).sum(1).view(-1, size)
         advantages = group_advantages(rewards, config.scale_rewards)
-        lengths = torch.tensor([len(one) for one in ids]).view(shape)
+        lengths = torch.tensor([len(one) for one in ids]).view(-1, size)
         weights = token_weights(lengths, config.loss_type, config.max_completion_length)
-        for group, earned, weight in zip(groups, advantages, weights, strict=True):
-            group.advantages, group.weights = earned, weight
+        for group, earned, weight in zip(self.groups, advantages, weights, strict=True):
+            group.advantages, group.weights = earned, config.num_minibatches * weight
+        with torch.no_grad():
+            for pack in make_packs(self.groups, config.tokens_per_pack):
+                pack.store("ref_logps", pack_logps(self.reference, pack, config.temperature))
+                if config.updates_per_step > 1:
+                    pack.store("old_logps", pack_logps(self.model, pack, config.temperature))
+
+    def repeat(self, step: int, update: int, numbers: list[int]) -> dict:
+        """Repeats an update of the peer. Returns loss, KL, entropy and gradient norm.
+
+        step: from 1; update: of the step, from 0. numbers: of the completions, in the rollout; the
+        peer deals them singly, not by groups."""
+        config, size = self.config, self.config.num_generations
+        members = [[n % size for n in numbers if n // size == i] for i in range(len(self.groups))]
+        groups = [part(*pair) for pair in zip(self.groups, members, strict=True) if pair[1]]
         self.model.suppressed_ids, tally = None, Tally(config)
         for pack in make_packs(groups, config.tokens_per_pack):
-            with torch.no_grad():
-                pack.store("ref_logps", pack_logps(self.reference, pack, config.temperature))
             for tokens in pack_chunks(self.model, pack, config.temperature):
                 loss, stats = policy_loss(tokens, config)
                 loss.backward()
                 tally.add(pack, tokens, loss, stats)
-        rate = learning_rate(config, step, config.max_steps)
-        tally.updates, tally.grad_norm = 1, self.optimizer.step(rate, config.max_grad_norm)
+        rate = learning_rate(config, step, config.max_steps, update)
+        tally.grad_norms.append(self.optimizer.step(rate, config.max_grad_norm))
         found = tally.metrics(self.ranks)
         return {name: found[name] for name in ("loss", "kl", "entropy", "grad_norm")}
+
+
+def part(group: Group, members: list[int]) -> Group:
+    """A group of these completions of `group` alone."""
+    kept = {"advantages": group.advantages[members], "weights": group.weights[members]}
+    for name in ("completion_ids", "sampling_logps", "ref_logps", "old_logps"):
+        if (values := getattr(group, name)) is not None:
+            kept[name] = [values[member] for member in members]
+    return replace(group, **kept)

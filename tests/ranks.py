@@ -36,6 +36,7 @@ from grpo.pack import filler, make_packs
 from grpo.rollout import Group
 from grpo.run.checkpoint import save_final
 from models.load import empty_model
+from tests.replay import record  # noqa: F401  called by name
 from tests.tiny import tiny_prompt
 
 WRITE_REPORT = grpo.run.run.write_report

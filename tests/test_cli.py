@@ -150,6 +150,11 @@ def test_booleans(argv, expected):
         (["--num_generations", "1"], "at least 2"),
         (["--temperature", "0"], "at least 1e-06"),
         (["--top_p", "1.5"], "at most 1"),
+        (["--min_p", "-0.1"], "--min_p is -0.1; it must be at least 0 and at most 1"),
+        (["--stop", ""], "--stop is an empty text"),
+        (["--stop", "x" * 10_000], "--stop: 10,000 bytes of UTF-8 in all; at most 250"),
+        (["--stop", "-x"], "unknown flag -x: .* one is written --flag=-value"),
+        (["--stop_strings", "</answer>"], "unknown flag --stop_strings: use --stop"),
         (["--max_steps", "0"], "at least 1"),
         (["--beta", "-1"], "at least 0"),
         (["--learning_rate", "nan"], "must be finite"),
@@ -178,12 +183,36 @@ def test_mistakes_are_one_message(argv, message):
         ("- beta", "no `flag: value` lines"),
         ("beta: {", "not a readable YAML"),
         ("loss_type: ppo", "none of grpo, dapo, dr_grpo"),
+        ("stop: yes", "stop is True, not a list of str"),
+        ("stop: ['']", "--stop is an empty text"),
+        ("? [stop]\n: 3", "not a readable YAML"),
     ],
 )
 def test_mistakes_in_yaml_are_one_message(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text + "\n")
     with pytest.raises(ValueError, match=message):
         parse(*NEEDED, "--config", str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    "words, listed",
+    [
+        (["--stop", "</answer>"], "[</answer>]"),
+        (["--stop", "a, b", "'c'", "[d]", " "], "['a, b', '''c''', '[d]', ' ']"),
+        (["--stop=-x", "y", "--stop=--end", "--stop", "---"], "[-x, y, --end, '---']"),
+        (["--stop=a=b", "007", "1e-5"], "[a=b, 007, 1e-5]"),
+        (["--stop", "007"], "007"),  # YAML has it as 7
+        (["--stop", "0x10", "1_0", "1.50", "2020-01-01"], "[0x10, 1_0, 1.50, 2020-01-01]"),
+        (["--stop", "\n\n"], '"\\n\\n"'),
+        ([], ""),
+    ],
+)
+def test_texts_are_taken_as_they_are_typed(tmp_path, words, listed):
+    """On the command line and in YAML. Other lists are split at commas, and lose their quotes."""
+    expected = [word.removeprefix("--stop=") for word in words if word != "--stop"] or None
+    assert parse(*NEEDED, *words)[0].stop == expected
+    (tmp_path / "a.yaml").write_text(f"stop: {listed}\n")
+    assert parse(*NEEDED, "--config", str(tmp_path / "a.yaml"))[0].stop == expected
 
 
 def test_every_flag_is_read_somewhere():
@@ -229,7 +258,9 @@ def test_a_value_beyond_a_bound_is_named(name):
             parse(*NEEDED, f"--{name}={value}")
 
 
-ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
+ONE_UPDATE = (
+    "with one update a step every ratio is 1; --num_iterations and --num_minibatches make more"
+)
 SAPO = ["--loss_type", "sapo", "--num_iterations", "2"]
 CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
 
@@ -247,10 +278,16 @@ CISPO = ["--loss_type", "cispo", "--epsilon_high", "5"]
         (
             ["--loss_type", "sapo"],
             1,
-            [f"--loss_type sapo: {ONE_UPDATE}, so the gradient is grpo's"],
+            [f"--loss_type sapo: the gradient is grpo's, as {ONE_UPDATE}"],
         ),
-        (CISPO, 1, [f"--loss_type cispo: {ONE_UPDATE}, so the gradient is dapo's"]),
+        (CISPO, 1, [f"--loss_type cispo: the gradient is dapo's, as {ONE_UPDATE}"]),
         ([*CISPO, "--num_iterations", "2"], 1, []),
+        ([*CISPO, "--num_minibatches", "2"], 1, []),
+        (
+            ["--use_bias_correction_kl", "--beta", "0"],
+            1,
+            ["--use_bias_correction_kl has no effect: --beta 0 has no KL term"],
+        ),
         (["--num_iterations", "2", "--epsilon", "0.1", "--epsilon_high", "0.3"], 1, []),
         (
             [*SAPO, "--epsilon", "0.1", "--epsilon_high", "0.28", "--delta", "4"],

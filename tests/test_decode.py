@@ -16,7 +16,7 @@ from models.mixer import Layout
 from models.qwen_vl import image_features
 from tests.peer import reference_inputs, reference_model
 from tests.test_models import GRIDS
-from tests.tiny import IMAGE, family_config, tiny_config, tiny_model, tiny_prompt
+from tests.tiny import IMAGE, family_config, stop_strings, tiny_config, tiny_model, tiny_prompt
 
 
 def greedy(length, **options):
@@ -91,7 +91,7 @@ def test_long_prompts_are_prefilled_some_at_a_time(monkeypatch):
 
 
 def test_sampler_draws_from_the_softmax():
-    """Chi-square of 40,000 draws, with temperature, top-k, top-p and suppression."""
+    """Chi-square of 40,000 draws, with temperature, top-k, top-p, min-p and suppression."""
     from scipy.stats import chisquare
 
     torch.manual_seed(0)
@@ -99,7 +99,8 @@ def test_sampler_draws_from_the_softmax():
     logits[4] = float("-inf")
     count = 40_000
     uniform = torch.rand(count, dtype=torch.float64)
-    for options in ({}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "top_p": 0.9}):
+    cuts = [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "top_p": 0.9}, {"min_p": 0.1}]
+    for options in (*cuts, {"top_k": 7, "top_p": 0.95, "min_p": 0.2}):
         sampling = Sampling(1, temperature=1.3, **options)
         tokens, logps = sample(logits.repeat(count, 1), sampling, uniform)
         full = (logits / 1.3).softmax(0)
@@ -115,11 +116,40 @@ def test_sampler_draws_from_the_softmax():
                     kept.append(token)
                 held += float(probs[token])
             probs[[t for t in range(12) if t not in kept]] = 0
+        if "min_p" in options:
+            assert probs[(probs > 0) & (probs < options["min_p"] * full.max())].any(), "blunt"
+            probs[probs < options["min_p"] * full.max()] = 0
         counts = torch.bincount(tokens, minlength=12)
         assert not counts[probs == 0].any()
         expected = probs.double()[probs > 0]
         expected *= count / expected.sum()
         assert chisquare(counts[probs > 0], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_may_be_drawn_is_what_transformers_keeps(dtype):
+    """Every token that a draw can reach, against transformers' warpers in their order, in which
+    min-p comes last. Greedy knows none of them."""
+    from transformers import generation
+
+    generator = torch.Generator().manual_seed(0)
+    uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    for trial in range(20):
+        logits = 2 * torch.randn(1, 30, generator=generator, dtype=dtype)
+        logits[0, trial] = float("-inf")
+        for top_k, top_p, min_p in ((0, 1.0, 0.1), (0, 1.0, 1.0), (9, 0.9, 0.2), (0, 0.7, 0.05)):
+            scores = generation.TemperatureLogitsWarper(0.8)(None, logits)
+            if top_k:
+                scores = generation.TopKLogitsWarper(top_k)(None, scores)
+            scores = generation.TopPLogitsWarper(top_p)(None, scores)
+            scores = generation.MinPLogitsWarper(min_p)(None, scores)
+            sampling = Sampling(1, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
+            tokens, logps = sample(logits.float().repeat(4000, 1), sampling, uniform)
+            kept = (scores[0] > float("-inf")).nonzero().squeeze(1)
+            assert tokens.unique().tolist() == kept.tolist()
+            before = (logits / 0.8).float().log_softmax(1)[0]  # of all tokens
+            torch.testing.assert_close(logps, before[tokens])
+    assert Sampling(1, min_p=0.3).greedy().min_p == 0
 
 
 def test_sampler_survives_the_ends_of_the_unit_interval():
@@ -193,12 +223,13 @@ def test_a_draw_inverts_the_cumulative_sum_over_many_blocks(vocabulary):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_replayed_steps_draw_what_launched_ones_draw(family):
     """As tests/emulated_gpu/test_decoding.py, on a device: the cache grows, weights and their
-    copies change."""
+    copies change, stop strings end completions."""
     model = cast(tiny_model(family_config(family), torch.float32).to("cuda"), torch.bfloat16)
     prompts = [tiny_prompt(model.config, grids, seed=i) for i, grids in enumerate(GRIDS.values())]
     graphs = Graphs(model)
     for limit in (30, 70, 70, 30):
-        sampling = Sampling(limit, stop_ids=tuple(range(0, 60, 12)))
+        ends = tuple(range(0, 60, 12))
+        sampling = Sampling(limit, stop_ids=ends, stop=stop_strings((b"abbab",), ends))
         uniforms = torch.rand(24, limit, dtype=torch.float64)
         found = []
         for model.graphs in (graphs, None):

@@ -237,17 +237,17 @@ def test_an_explanation_that_is_missing_is_a_fault_of_the_reward(tmp_path, monke
 
 def nan_loss(in_steps: set[int], monkeypatch) -> None:
     """From here on the loss of these steps is not a number, with its gradient."""
-    true_loss, make_packs, step = train_cls.policy_loss, train_cls.make_packs, [0]
+    true_loss, minibatches, step = train_cls.policy_loss, train_cls.minibatches, [0]
 
     def counting(*arguments):
         step[0] += 1
-        return make_packs(*arguments)
+        return minibatches(*arguments)
 
     def broken(*arguments):
         loss, stats = true_loss(*arguments)
         return (loss * float("nan") if step[0] in in_steps else loss), stats
 
-    monkeypatch.setattr(train_cls, "make_packs", counting)
+    monkeypatch.setattr(train_cls, "minibatches", counting)
     monkeypatch.setattr(train_cls, "policy_loss", broken)
 
 

@@ -55,7 +55,10 @@ VARIANTS = {
     "bf16": ["--bf16", "true"],
     "checkpointing": ["--gradient_checkpointing", "true"],
     "batch": ["--scale_rewards", "batch"],
-    "sampling": ["--top_k", "20", "--top_p", "0.9", "--temperature", "1.2"],
+    "sampling": [
+        *("--top_k", "20", "--top_p", "0.9", "--min_p", "0.02", "--temperature", "1.2"),
+        *("--stop", "</answer>", "\n\n"),
+    ],
     "small packs": ["--tokens_per_pack", "1"],
     "tracker": ["--report_to", "tensorboard"],
     "pixels": ["--min_pixels", "12544", "--max_pixels", "12544"],
@@ -113,6 +116,12 @@ def test_every_flag_does_something(tmp_path, name, monkeypatch, plain):
     if name in ADVANTAGES:
         check_advantages(read_lines(tmp_path / "run" / "completions.jsonl"), ADVANTAGES[name])
     assert ("kl" in lines[1]) == (len(loads) == 2) == (name != "no reference")
+    if name == "sampling":
+        completions = read_lines(tmp_path / "run" / "completions.jsonl")
+        ended = [c for c in completions if "</answer>" in c["completion"]]
+        assert ended and all(c["completion"].endswith("</answer>") for c in ended)
+        assert not any(c["truncated"] for c in ended)
+        assert all(c["tokens"] == 40 for c in completions if c["truncated"])
     if name == "tracker":
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -204,10 +213,11 @@ def test_without_a_kl_term_dead_groups_are_not_scored(tmp_path, monkeypatch):
     options = [*SHORT, "--prompts_per_step", "4", "--seed", "1"]
     lines = train(tmp_path / "run", *options, "--beta", "0")
     alive = [round(4 * (1 - line["frac_reward_zero_std"])) for line in lines[1:]]
-    assert packed == alive and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
+    twice = [n for n in alive for _ in ("scored", "trained")]
+    assert packed == twice and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
     packed.clear()
     same = train(tmp_path / "kl", *options, "--beta", "1e-12")
-    assert packed == [4, 4]
+    assert packed == [4, 4, 4, 4]
     assert lines[1]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-4)
 
     monkeypatch.setattr(train_cls, "score", lambda *_: {"accuracy": 1.0, "format": 1.0})

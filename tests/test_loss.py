@@ -12,6 +12,7 @@ from grpo.loss import (
     KL_ESTIMATORS,
     LOSS_TYPES,
     clipped_gain,
+    corrected_kl,
     group_advantages,
     per_token_kl,
     policy_loss,
@@ -165,6 +166,17 @@ def test_kl_estimators_by_enumeration():
     torch.testing.assert_close(gradient(values["k3"]), gradient(reverse))
     assert (per_token_kl(logps, ref, "k3") >= 0).all()
     assert not per_token_kl(ref, ref, "k3").any()
+
+    # tokens of another policy, and of this one: with the ratio both give the KL and its gradient
+    another = torch.randn(7, dtype=torch.float64).log_softmax(0)
+    for old in (another, logps.detach()):
+        for name in ("k1", "k3"):
+            corrected = corrected_kl(per_token_kl(logps, ref, name), logps, old)
+            value = (old.exp() * corrected).sum()
+            assert value.item() == pytest.approx(kl.item(), abs=1e-12)
+            torch.testing.assert_close(gradient(value), gradient(kl))
+    plain = (another.exp() * per_token_kl(logps, ref, "k3")).sum()
+    assert abs(plain.item() - kl.item()) > 0.1, "a blunt test"
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

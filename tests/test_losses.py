@@ -123,6 +123,8 @@ def paper(x, held, f, masked, kept):
         for t in range(LENGTHS[g][i]):
             d = REF[g][i][t] - x[g][i][t]
             kl = math.exp(d) - d - 1
+            if f.use_bias_correction_kl:  # DeepSeek-V3.2: the ratio is the token's, with a gradient
+                kl *= math.exp(x[g][i][t] - OLD[g][i][t])
             part += f.beta * kl - gain(x, held, g, i, t, f, kept)
             part -= f.entropy_coef * ENTROPY[g][i][t]
         if f.loss_type in ("grpo", "sapo"):
@@ -175,6 +177,9 @@ CASES = {
     "sapo": {"loss_type": "sapo"},
     "sapo, hot": {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
     "sapo, sequence": {"loss_type": "sapo", "level": "sequence", "beta": 0.1},
+    "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
+    "corrected KL, GSPO": {"level": "sequence", "beta": 0.3, "use_bias_correction_kl": True},
+    "corrected KL, two-sided": {"delta": 2.0, "beta": 0.3, "use_bias_correction_kl": True},
     "entropy bonus": {"loss_type": "dapo", "entropy_coef": 0.3},
 }
 for case in CASES.values():

@@ -98,8 +98,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def flags(rate: float, schedule: str, warmup: float) -> SimpleNamespace:
-    return SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule, warmup_ratio=warmup)
+def flags(rate: float, schedule: str, warmup: float, **updates: int) -> SimpleNamespace:
+    known = {"learning_rate": rate, "lr_scheduler_type": schedule, "warmup_ratio": warmup}
+    return SimpleNamespace(**known | {"num_iterations": 1, "num_minibatches": 1} | updates)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
@@ -113,6 +114,10 @@ def test_rates_are_those_of_transformers(schedule, warmup):
         assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
+        # five steps of four mini-batches, two passes over each: as many changes
+        cut = flags(3e-4, schedule, warmup, num_minibatches=4, num_iterations=2)
+        for update in (2 * (step % 4), 2 * (step % 4) + 1):
+            assert learning_rate(cut, step // 4 + 1, 5, update) == rate
     with pytest.raises(ValueError, match="linear, cosine, constant"):
         learning_rate(flags(1.0, "sawtooth", 0.0), 1, 1)
 

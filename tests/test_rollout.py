@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo.engine.ranks import Ranks
+from grpo.pack import assign
 from grpo.reward import Record
 from grpo.rollout import Group, Rollout, dealing_order
 
@@ -88,7 +89,8 @@ def test_groups_and_records_meet_again_after_dealing(lengths):
         assert not rollout.missing and [group.row for group in rollout.groups] == rows
         assert [group.records[0].row for group in rollout.groups] == [row.index for row in rows]
         table = torch.arange(len(rows) * 2).view(-1, 2)
-        mine = rollout.assign(table, 10 * table)
+        teaches = SimpleNamespace(beta=0.1)  # all of them
+        mine = assign(rollout.groups, teaches, advantages=table, weights=10 * table)
         assert {id(group) for group in mine} == {id(group) for group in groups}
         for group in rollout.groups:
             assert group.advantages.tolist() == table[group.number].tolist()

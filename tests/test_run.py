@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 
 import train_cls
 from data.flowers import rows
+from grpo.flags.config import TrainingConfig
+from grpo.run.checkpoint import State
+from grpo.run.resume import read_state
 from grpo.run.trackers import verbatim
 from rewards.cls import accuracy_reward
 from tests.runs import (
@@ -119,6 +123,16 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
     assert one == two
     one, two = (load_file(tmp_path / n / "final/model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_from_before_a_flag_existed_is_resumed_at_its_default(tmp_path):
+    config = TrainingConfig(max_steps=4)
+    saved = asdict(State(step=2, steps=4, config=asdict(config)))
+    del saved["config"]["min_p"], saved["config"]["stop"]
+    folder = tmp_path / "checkpoint-2"
+    assert read_state(folder, saved, config, 4, {}).step == 2
+    with pytest.raises(ValueError, match="--min_p: 0.0 then, 0.1 now"):
+        read_state(folder, saved, replace(config, min_p=0.1), 4, {})
 
 
 @pytest.mark.slow

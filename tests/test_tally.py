@@ -8,9 +8,15 @@ import torch
 from grpo.engine.ranks import Ranks
 from grpo.loss import Tokens
 from grpo.pack import filler
+from grpo.rollout import Group
 from grpo.tally import Tally
 
-CONFIG = SimpleNamespace(beta=0.1, kl_estimator="k1")
+
+def flags(**changes) -> SimpleNamespace:
+    return SimpleNamespace(num_iterations=1, num_minibatches=1, **changes)
+
+
+CONFIG = flags(beta=0.1, kl_estimator="k1")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -28,7 +34,7 @@ def test_means_are_over_tokens():
     tally = Tally(CONFIG)
     for _ in range(2):
         tally.add(filler(), tokens(torch.tensor([1.0, 2.0, 3.0])), torch.tensor(0.5), stats())
-    tally.updates = 1
+    tally.grad_norms = [0.5]
     metrics = tally.metrics(ALONE)
     assert metrics["loss"] == 1.0 and metrics["entropy"] == 2.0
     assert metrics["kl"] == 0.5 and metrics["clip_ratio/high_mean"] == 1.0
@@ -40,7 +46,7 @@ def test_a_pack_without_completions_counts_nothing():
     tally.add(filler(), tokens(torch.ones(3)), torch.tensor(0.5), stats())
     empty = Tokens(0, none, none, none, None, none, none, none)
     tally.add(filler(), empty, torch.tensor(0.0), {name: torch.tensor(0) for name in stats()})
-    tally.updates = 1
+    tally.grad_norms = [0.5]
     metrics = tally.metrics(ALONE)
     assert metrics["entropy"] == 1.0 and metrics["kl"] == 0.5 and metrics["loss"] == 0.5
 
@@ -48,9 +54,9 @@ def test_a_pack_without_completions_counts_nothing():
 def test_what_a_loss_counts_is_what_is_logged():
     """CISPO's own count, SAPO's none; and nothing to count where nothing was trained on."""
     for counts in ({"cispo_clip_ratio": torch.tensor(1)}, {}):
-        tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
+        tally = Tally(flags(beta=0.0, kl_estimator="k3"))
         tally.add(filler(), tokens(torch.ones(3, requires_grad=True)), torch.tensor(0.5), counts)
-        tally.updates = 1
+        tally.grad_norms = [0.5]
         assert not tally.sums["entropy"].requires_grad, "it would keep the pass's memory"
         metrics = tally.metrics(ALONE)
         assert metrics.keys() - {
@@ -60,6 +66,24 @@ def test_what_a_loss_counts_is_what_is_logged():
             "sampling/logp_difference_max",
         } == {*counts}
         assert all(metrics[name] == pytest.approx(1 / 3) for name in counts)
-    tally = Tally(SimpleNamespace(beta=0.0, kl_estimator="k3"))
-    tally.updates = 1
+    tally = Tally(flags(beta=0.0, kl_estimator="k3"))
+    tally.grad_norms = [0.5]
     assert tally.metrics(ALONE).keys() == {"loss", "grad_norm", "sampling/logp_difference_max"}
+
+
+def test_the_largest_kl_is_of_the_first_pass_and_the_drift_of_the_first_update():
+    """With mini-batches the first pass is several updates, each of other tokens."""
+    tally = Tally(flags(beta=0.1, kl_estimator="k1"))
+    tally.parts = 2
+    records = [SimpleNamespace(completion=f"text {n}") for n in range(3)]
+    processor = SimpleNamespace(decode=lambda ids: f"token {int(ids)}")
+    for n, apart in enumerate((0.5, 3.0, 9.0)):
+        pack = filler()
+        pack.targets, pack.lengths = torch.tensor([n]), [1]
+        pack.completions = [(Group(None, [], records=records), n)]
+        logps = torch.tensor([-1.0])
+        one = Tokens(0, logps, logps, logps - apart, None, logps - apart, logps, logps)
+        tally.add(pack, one, torch.tensor(0.0), {"kl": torch.tensor(apart)})
+        tally.grad_norms.append(1.0)
+    assert tally.largest_kl(ALONE, processor) == (3.0, "token 1", "text 1")
+    assert tally.drift == 0.5

@@ -1,5 +1,6 @@
 """Tiny random models and prompts that several test files use."""
 
+import random
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from grpo.loss import Tokens
 from grpo.rollout import Draw, Group
 from models.config import QwenVLConfig
+from models.decoding.stop import END, StopStrings, automaton, fold
 from models.decoding.storage import cast
 from models.families import parse_config
 from models.prompt import Prompt, mrope_position_ids
@@ -172,6 +174,7 @@ def loss_flags(**changes) -> SimpleNamespace:
         "sapo_temperature_neg": 1.05,
         "beta": 0.0,
         "kl_estimator": "k3",
+        "use_bias_correction_kl": False,
         "entropy_coef": 0.0,
     }
     assert changes.keys() <= flags.keys()
@@ -183,3 +186,21 @@ def loss_tokens(logps, advantages, weights, **others) -> Tokens:
     known = {"old_logps": None, "ref_logps": None, "entropy": torch.zeros_like(logps)}
     known |= {"sampling_logps": logps.detach(), "start": 0} | others
     return Tokens(logps=logps, advantages=advantages, weights=weights, **known)
+
+
+def stop_strings(strings: tuple[bytes, ...], stop_ids) -> StopStrings:
+    """Of a vocabulary of 64 tokens, each none to three of the bytes a and b."""
+    chance = random.Random(0)
+    pieces = [bytes(chance.choice(b"ab") for _ in range(chance.randrange(4))) for _ in range(64)]
+    table = fold(automaton(strings), pieces)
+    table[:, list(stop_ids)] = END
+    return StopStrings(strings, pieces, table)
+
+
+def cut_short(ids: list[int], stop: StopStrings, stop_ids) -> list[int]:
+    """A completion up to the token with which it ends, looked for token by token in its bytes."""
+    for count in range(1, len(ids) + 1):
+        text = b"".join(stop.pieces[token] for token in ids[:count])
+        if ids[count - 1] in stop_ids or any(string in text for string in stop.strings):
+            return ids[:count]
+    return ids

@@ -62,6 +62,13 @@ CONTRADICTIONS = (
         ("none",),
         "leave-one-out does not divide",
     ),
+    # Its value is biased: no ratio makes its gradient that of the KL divergence.
+    Needs(
+        "use_bias_correction_kl",
+        "kl_estimator",
+        ("k1", "k3"),
+        "the value of k2 is biased, and the ratio cannot correct that",
+    ),
     # All weights would be trained, in full precision.
     Needs(
         "load_in_4bit",
@@ -117,7 +124,9 @@ CONTRADICTIONS = (
 
 TOKENS = 2e9  # of a step's completions: each has a random number in memory
 
-ONE_UPDATE = "with --num_iterations 1 every ratio is 1"
+ONE_UPDATE = (
+    "with one update a step every ratio is 1; --num_iterations and --num_minibatches make more"
+)
 ON_POLICY = {"cispo": "dapo", "sapo": "grpo"}  # whose gradient it is where every ratio is 1
 
 
@@ -138,6 +147,11 @@ def check_combinations(config) -> None:
         raise UserError(
             f"--prompts_per_step x --num_generations x --max_completion_length are up to "
             f"{tokens:.1e} tokens a step, and at most {TOKENS:.0e} are sampled"
+        )
+    if config.num_minibatches > config.prompts_per_step:
+        raise UserError(
+            f"--num_minibatches {config.num_minibatches} is above --prompts_per_step "
+            f"{config.prompts_per_step}: each part needs a prompt"
         )
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.loss_type == "cispo" and (config.epsilon_high is None or high <= 1):
@@ -165,19 +179,21 @@ def without_effect(config, world: int) -> list[str]:
             changed = getattr(config, flag) != _default(config, flag)
             if is_idle and changed and flag in config.given:
                 sentences.setdefault(flag, f"--{flag} has no effect: {why}")
-    if config.num_iterations == 1 and config.loss_type in ON_POLICY and "loss_type" in config.given:
+    on_policy = config.updates_per_step == 1 and config.loss_type in ON_POLICY
+    if on_policy and "loss_type" in config.given:
         gradient = f"the gradient is {ON_POLICY[config.loss_type]}'s"
-        sentences["loss_type"] = f"--loss_type {config.loss_type}: {ONE_UPDATE}, so {gradient}"
+        sentences["loss_type"] = f"--loss_type {config.loss_type}: {gradient}, as {ONE_UPDATE}"
     return list(sentences.values())
 
 
 def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
     """(flags, whether they have no effect with the others as given, why), of all that may not."""
-    loss, one_update, adapters = config.loss_type, config.num_iterations == 1, config.use_peft
+    loss, one_update, adapters = config.loss_type, config.updates_per_step == 1, config.use_peft
     temperatures = ("sapo_temperature_pos", "sapo_temperature_neg")
     ratio = ("importance_sampling_level", "epsilon", "delta", *temperatures)
     ratio += () if loss == "cispo" else ("epsilon_high",)  # cispo asks for it all the same
     lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+    kl = ("kl_estimator", "kl_alarm", "use_bias_correction_kl")
     sharding, one_set = ("shard_size", "reshard_after_forward"), len(config.dataset_name) == 1
     clipped = f"it is for --loss_type {', '.join(CLIPPED[:-1])} or {CLIPPED[-1]}"
     epochs = f"--max_steps {config.max_steps} decides"
@@ -186,7 +202,7 @@ def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
         (("epsilon", "delta"), loss not in CLIPPED, clipped),
         (("epsilon_high",), loss == "sapo", "--loss_type sapo has a soft gate in its place"),
         (temperatures, loss != "sapo", "it is for --loss_type sapo"),
-        (("kl_estimator", "kl_alarm"), config.beta == 0, "--beta 0 has no KL term"),
+        (kl, config.beta == 0, "--beta 0 has no KL term"),
         (("max_sampling_rounds",), not config.dynamic_sampling, "it is for --dynamic_sampling"),
         (("num_train_epochs",), config.max_steps is not None, epochs),
         (lora, not adapters, "it is for --use_peft, without which all weights are trained"),

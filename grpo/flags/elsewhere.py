@@ -24,12 +24,19 @@ NOT_HERE = {
 
 LAUNCH = "torchrun's own flags stand before the script's name"
 
+MINIBATCH = "--num_minibatches, the rollout's prompts over those of an update"
+
 # Flag -> what to do instead.
 ELSEWHERE = {
     "per_device_train_batch_size": "--prompts_per_step counts prompts over all ranks",
     "gradient_accumulation_steps": "--tokens_per_pack cuts a step into passes by itself",
     "generation_batch_size": "--prompts_per_step counts prompts over all ranks",
-    "steps_per_generation": "use --num_iterations, the updates per rollout",
+    "steps_per_generation": "use --num_minibatches N, the updates that a rollout is cut into; "
+    "--prompts_per_step counts the prompts of the whole rollout",
+    "num_mini_batches": "use --num_minibatches",
+    "ppo_mini_batch_size": f"use {MINIBATCH}",
+    "global_batch_size": f"use {MINIBATCH}",
+    "num_ppo_epochs": "use --num_iterations",
     "per_device_eval_batch_size": "leave it out: evaluation takes 32 prompts at a time",
     "num_generations_eval": "use --eval_samples_per_prompt, answers drawn beside the greedy one",
     "max_length": "use --max_prompt_length and --max_completion_length",
@@ -58,12 +65,16 @@ ELSEWHERE = {
     "bnb_4bit_quant_type": "leave it out: --load_in_4bit is NF4",
     "use_dora": "not supported: see --use_peft",
     "lora_modules_to_save": "not supported: adapters alone are trained",
-    "min_p": "not supported: use --top_p or --top_k",
-    "repetition_penalty": "not supported: use --temperature, --top_p or --top_k",
+    "generation_kwargs": "use --temperature, --top_p, --top_k, --min_p and --stop",
+    "stop_strings": "use --stop",
+    "stop_words": "use --stop",
+    "stop_sequences": "use --stop",
+    "stop_token_ids": "use --stop with the token's text; the model's end tokens count anyway",
+    "include_stop_str_in_output": "leave it out: a completion keeps the text that ended it",
+    "repetition_penalty": "not supported: use --temperature, --top_p, --top_k or --min_p",
     "sync_ref_model": "not supported: the reference stays as it is for the whole run",
     "use_adaptive_entropy": "not supported: --entropy_coef stays as it is",
     "off_policy_mask_threshold": "not supported: see --delta and --importance_sampling_level",
-    "use_bias_correction_kl": "not supported: see --kl_estimator",
     "adv_estimator": "use --advantage_estimator",
     "top_entropy": "use --top_entropy_quantile",
     "reward_funcs": "the rewards are in the script's score(): edit it there",
@@ -174,8 +185,10 @@ DOTTED = {
     "worker.actor.optim.lr": "--learning_rate",
     "actor_rollout_ref.actor.optim.lr": "--learning_rate",
     "worker.actor.optim.lr_warmup_ratio": "--warmup_ratio",
-    "worker.actor.global_batch_size": "--num_iterations, the updates per rollout",
-    "actor_rollout_ref.actor.ppo_mini_batch_size": "--num_iterations, the updates per rollout",
+    "worker.actor.global_batch_size": MINIBATCH,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": MINIBATCH,
+    "worker.actor.ppo_epochs": "--num_iterations",
+    "actor_rollout_ref.actor.ppo_epochs": "--num_iterations",
     "worker.actor.clip_ratio_low": "--epsilon",
     "worker.actor.clip_ratio_high": "--epsilon_high",
     "worker.actor.kl_loss_coef": "--beta",

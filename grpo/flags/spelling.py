@@ -22,10 +22,12 @@ PATHS = ("dataset_name",)  # lists whose values may hold a comma
 
 
 class Kind(NamedTuple):
-    """What a flag takes: values of a type, and whether a list of them."""
+    """What a flag takes: values of a type, whether a list of them, and whether they are kept as
+    they are typed."""
 
     type: type
     is_list: bool
+    verbatim: bool = False
 
 
 def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
@@ -41,11 +43,13 @@ def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
         elif name in kinds and typed.startswith("--"):
             kept, stray = _values(name, [*joined, *values], kinds[name])
             unknown += stray
-            if kept is not None:
+            if kinds[name].verbatim and kept:
+                words += [f"--{name}={value}" for value in kept]
+            elif kept is not None:
                 one = kept and (joined or kept[0][:1] == "-") and len(kept) == 1
                 one = one and (name in PATHS or not kinds[name].is_list)
                 words += [f"--{name}={kept[0]}"] if one else [f"--{name}", *kept]
-        elif name.startswith("no_") and kinds.get(name[3:]) == (bool, False) and not joined:
+        elif name.startswith("no_") and kinds.get(name[3:]) == Kind(bool, False) and not joined:
             words += [f"--{name[3:]}", "false"]
             unknown += values
         else:
@@ -73,7 +77,9 @@ def _flags_with_values(argv: Sequence[str]) -> list[tuple[str | None, list[str],
 
 def _values(name: str, values: list[str], kind: Kind) -> tuple[list[str] | None, list[str]]:
     """(a flag's values in our spelling, None to leave it out; words that are none of them)."""
-    if kind.is_list and name not in PATHS:
+    if kind.verbatim or name in PATHS:
+        return values, []
+    if kind.is_list:
         values = [part.strip(" \"'[]") for value in values for part in value.split(",")]
         values = [_plain(value) for value in values if value]
     one = values[0].lower() if len(values) == 1 else None
@@ -108,6 +114,8 @@ def unknown_name(word: str, known: Collection[str], noun: str, prefix: str = "")
         hint = f"write {prefix}{last} {value[:80]}"
     elif equals and "." in key:
         hint = "flags are written --name value; --help lists them all"
+    elif prefix and word[:2] != "--" and word[:1] == "-" and not nearest:
+        hint = "flags begin with two dashes; a value that begins with one is written --flag=-value"
     elif name in known:
         hint = f"write {prefix}{name}"
     else:

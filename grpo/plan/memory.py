@@ -77,6 +77,7 @@ class Estimate:
         self.share = 1 if self.is_whole else config.shard_size or facts.world
         self.light = config.optim in MOMENT_BYTES  # weights are their own masters
         self.prompts = math.ceil(config.prompts_per_step / facts.world)  # of a rank
+        self.part = math.ceil(self.prompts / config.num_minibatches)  # of these in an update
 
     def phases(self) -> dict[str, dict[str, float]]:
         """Bytes of each phase, by purpose."""
@@ -90,7 +91,7 @@ class Estimate:
             "optimizer": self.optimizer(),
             "saving": self.saving(),
         }
-        if self.config.beta == 0 and self.config.num_iterations == 1:
+        if self.config.beta == 0 and self.config.updates_per_step == 1:
             del phases["reference"]
         if not self.cpu:  # a GPU's memory holds no file
             del phases["saving"]
@@ -184,15 +185,17 @@ class Estimate:
     # ---- passes over packs -----------------------------------------------------------------------
 
     def reference(self) -> dict[str, float]:
-        forward = decoder_forward(self.layers, self.pack)
+        """Scores all groups of a step, whichever mini-batch they will be in."""
+        pack = self.rows_of(self.prompts)
+        forward = decoder_forward(self.layers, pack)
         if not self.frozen_vision:
             image = tower_forward(self.layers, self.facts.image_tokens)
-            forward = max(forward, len(self.pack) * image)
+            forward = max(forward, len(pack) * image)
         comes = self.is_whole and self.config.cpu_offload  # for its pass alone
         return {
             "gathered layers": self.gathered,
             "its weights": self.reference_weights if comes else 0,
-            "activations or logits": max(forward, self.logits),
+            "activations or logits": max(forward, self.logits(pack)),
             "unpacked weights": self.unpacked,
         }
 
@@ -209,7 +212,7 @@ class Estimate:
     def peaks(self) -> list[tuple[float, float]]:
         """(activations, bytes beside them) at each moment that may be a training pass's peak.
 
-        In the first pack of a step only the gradients count that its backward pass has made so far.
+        In the first pack of an update only the gradients count that its backward pass has made.
         """
         recompute = self.config.gradient_checkpointing
         decoder = decoder_holds(self.layers, self.pack, recompute)
@@ -222,10 +225,11 @@ class Estimate:
         head_gradient = head * (self.size if self.light or not self.is_whole else 4)
         of_head = earlier or head_gradient * (self.gradients > 0)
         of_decoder = earlier or self.gradients * (1 - self.trained_vision / self.trained)
+        logits = self.logits(self.pack)
         layer_leaves, root_leaves = (self.leaving * n for n in self.gathered_at_once)
         return [
             # the head's gradient in float32 and, in bf16, a product to be added; then handed on
-            (kept, earlier + self.logits + self.losses + head * (4 if self.size == 4 else 6)),
+            (kept, earlier + logits + self.losses + head * (4 if self.size == 4 else 6)),
             (kept, of_head + head * 4),
             # backward through the last decoder layer, the one before it and the first; embedding
             (kept + decoder.last_layer, of_head + layer_leaves),
@@ -240,11 +244,16 @@ class Estimate:
 
     @cached_property
     def pack(self) -> Rows:
-        """The largest pack's rows: whole groups, and what is left as a part of one."""
+        """The rows of the largest pack that is trained on."""
+        return self.rows_of(self.part)
+
+    def rows_of(self, prompts: int) -> Rows:
+        """The largest pack's rows of so many groups: whole ones, and what is left as a part of
+        one."""
         prompt, longest = self.facts.longest_prompt, self.config.max_completion_length
         group = (prompt, *[longest] * self.config.num_generations)
         most = max(self.config.tokens_per_pack, prompt + longest)  # no completion is cut
-        tokens = min(most, self.prompts * sum(group))
+        tokens = min(most, prompts * sum(group))
         whole, rest = divmod(tokens, sum(group))
         rows = (group,) * whole
         if rest > prompt:
@@ -256,33 +265,26 @@ class Estimate:
 
     @property
     def is_split(self) -> bool:
-        """Whether a step takes more than one pack."""
+        """Whether an update takes more than one pack."""
         group = self.config.num_generations * self.config.max_completion_length
-        return sum(map(sum, self.pack)) < self.prompts * (self.facts.longest_prompt + group)
+        return sum(map(sum, self.pack)) < self.part * (self.facts.longest_prompt + group)
 
-    @property
-    def read(self) -> int:
-        """Tokens of a pack whose log-probs are wanted."""
-        return sum(sum(completions) for _, *completions in self.pack)
+    def chunk(self, pack: Rows) -> int:
+        """Tokens of a pack whose logits exist at once."""
+        return min(chunk_tokens(self.model.vocab_size, self.facts.device), read_of(pack))
 
-    @property
-    def chunk(self) -> int:
-        """Tokens whose logits exist at once."""
-        return min(chunk_tokens(self.model.vocab_size, self.facts.device), self.read)
-
-    @property
-    def logits(self) -> int:
+    def logits(self, pack: Rows) -> int:
         """In float32, beside a copy in bf16."""
-        return self.chunk * self.model.vocab_size * (4 if self.size == 4 else 6)
+        return self.chunk(pack) * self.model.vocab_size * (4 if self.size == 4 else 6)
 
     @property
     def losses(self) -> int:
         """What a loss needs beside the logits: one of whole completions the slopes of all tokens of
         a pack; a gradient of the entropy a buffer of a chunk, or with both the gradients too."""
         more = 4 if self.config.entropy_coef else 0
-        held = self.chunk * self.model.vocab_size * more
+        held = self.chunk(self.pack) * self.model.vocab_size * more
         if self.config.importance_sampling_level != "token":
-            held += self.read * self.model.hidden_size * (4 + more)
+            held += read_of(self.pack) * self.model.hidden_size * (4 + more)
         return held
 
     @property
@@ -325,3 +327,8 @@ class Estimate:
         file = min(max(MAX_FILE_BYTES, self.head * 4), written)
         merged = max(self.counts.adapted, self.packed) * self.size
         return {"merged weights": merged / self.share, "file on its way": 2 * file / self.share}
+
+
+def read_of(pack: Rows) -> int:
+    """Tokens of a pack whose log-probs are wanted: those of its completions."""
+    return sum(sum(completions) for _, *completions in pack)

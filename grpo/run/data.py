@@ -23,7 +23,7 @@ class Data:
 
     rows: to train on, of all data sets. held_out: to measure with, may be empty. folder: of
     the model. sizes: its config, and how many parameters it has in all and in the vision tower.
-    eval_samples: --eval_samples. notes: further lines of the plan. lengths: tokens of each prompt
+    eval_samples, stop: the flags. notes: further lines of the plan. lengths: tokens of each prompt
     of both splits, once the rows are checked.
     """
 
@@ -33,6 +33,7 @@ class Data:
     folder: Path
     sizes: tuple[QwenVLConfig, int, int]
     eval_samples: int | None
+    stop: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
@@ -72,4 +73,5 @@ def load_data(config, ranks: Ranks) -> Data:
     sizes = check_checkpoint(folder)
     rows, held_out = load_splits(config, processor, ranks.progress)
     notes = look_at_weights(folder) if config.dry_run else []
-    return Data(rows, held_out, processor, folder, sizes, config.eval_samples, notes)
+    stop = tuple(config.stop or ())
+    return Data(rows, held_out, processor, folder, sizes, config.eval_samples, stop, notes)

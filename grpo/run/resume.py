@@ -136,7 +136,9 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
             raise TypeError("config and facts are not tables")
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
-    both = {f.name: (state.config.get(f.name), getattr(config, f.name)) for f in fields(config)}
+    # a flag that was not there yet: by default a run is what it was without
+    then = {f.name: state.config.get(f.name, f.default) for f in fields(config)}
+    both = {name: (value, getattr(config, name)) for name, value in then.items()}
     both["dataset_name"] = tuple(map(_one, both["dataset_name"]))
     changed = [
         f"--{f.name}: {both[f.name][0]!r} then, {both[f.name][1]!r} now"

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: temperature, top-k, top-p, and the inverse of a cumulative sum.
+"""How a token is drawn from logits: temperature, top-k, top-p, min-p, an inverted cumulative sum.
 
 No beam search, no repetition penalty: a policy gradient needs samples of the policy itself.
 """
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.decoding.stop import StopStrings, read_stop
+
 NEVER = float("-inf")
 BLOCK = 128  # entries of the vocabulary, which the published ones are multiples of
 
@@ -18,30 +20,45 @@ BLOCK = 128  # entries of the vocabulary, which the published ones are multiples
 class Sampling:
     """How completions are drawn: num_generations of each prompt, token by token.
 
-    temperature 0 is greedy. top_p 1 and top_k 0 are off. stop_ids end a completion and are part of
-    it.
+    temperature 0 is greedy. top_p 1, top_k 0 and min_p 0 are off. stop_ids and the token that
+    completes a string of `stop` end a completion and are part of it.
     """
 
     max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
+    stop: StopStrings | None = None
     num_generations: int = 1
 
     @classmethod
-    def of(cls, config, stop_ids: Sequence[int]) -> "Sampling":
-        """By the flags of these names."""
-        names = ("max_completion_length", "temperature", "top_p", "top_k", "num_generations")
-        return cls(stop_ids=tuple(stop_ids), **{name: getattr(config, name) for name in names})
+    def of(cls, config, processor) -> "Sampling":
+        """By the flags of these names, for a processor's tokens. Raises UserError as
+        `read_stop`."""
+        names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p")
+        return cls(
+            num_generations=config.num_generations,
+            stop_ids=tuple(processor.stop_ids),
+            stop=read_stop(processor, tuple(config.stop or ())),
+            **{name: getattr(config, name) for name in names},
+        )
 
     def greedy(self) -> "Sampling":
         """One completion, the likeliest token each time."""
-        return replace(self, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
+        off = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        return replace(self, num_generations=1, **off)
 
     def times(self, count: int) -> "Sampling":
         """`count` completions of each prompt."""
         return replace(self, num_generations=count)
+
+    def ended(self, completion_ids: Sequence[int]) -> bool:
+        """Whether a completion that was drawn so ended by itself, not at the length limit."""
+        if completion_ids[-1] in self.stop_ids:
+            return True
+        return self.stop is not None and self.stop.are_in(completion_ids)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +66,8 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
 
     logits: (N, V) float32, -inf for a suppressed token, overwritten; uniform: (N,) float64 in
     [0, 1), not used when greedy. Returns tokens (N,) int64 and their log-probs (N,) float32 before
-    top-k and top-p, which are the sampler's alone: training does not know them. Logits of NaN give
-    some token and a NaN.
+    top-k, top-p and min-p, which are the sampler's alone: training does not know them. Logits of
+    NaN give some token and a NaN.
     """
     if sampling.temperature == 0:
         token = logits.argmax(1)
@@ -70,6 +87,8 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         before = ordered.cumsum(1) - ordered
         ordered = ordered.masked_fill(before >= sampling.top_p * total, 0.0)
         weights = torch.zeros_like(weights).scatter_(1, order, ordered.float())
+    if sampling.min_p > 0:
+        weights.masked_fill_(weights < sampling.min_p, 0.0)  # the largest weight is 1
     token = _draw(weights, uniform)[:, None]
     return token.squeeze(1), (shifted.gather(1, token) - normalizer).squeeze(1)
 

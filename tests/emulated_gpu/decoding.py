@@ -2,7 +2,8 @@
 
 For each family, and with adapters: operations and waits of a decoded token, for two depths; and
 whether captured steps draw what the same steps draw operation by operation, before and after the
-weights have changed.
+weights have changed. With stop strings: the same counts, and whether completions are those that the
+CPU draws without them, cut short.
 """
 
 import json
@@ -22,7 +23,7 @@ from models.decoding.graphs import Graphs
 from models.decoding.storage import cast
 from models.families import FAMILIES
 from models.lora import LoRA
-from tests.tiny import family_config, tiny_model, tiny_prompt
+from tests.tiny import cut_short, family_config, stop_strings, tiny_model, tiny_prompt
 
 OPERATIONS, WAITS = torch._rehearsal
 SHORT, LONG, GROUP = 33, 97, 4  # tokens: both end with a look at what has ended
@@ -52,13 +53,13 @@ def drawn(model, tokens: int, **options):
     return generate(model, prompts_of(model), GROUP, Sampling(tokens, **options), uniforms)
 
 
-def per_token(model) -> tuple[Counter, float]:
+def per_token(model, **options) -> tuple[Counter, float]:
     """Operations of a token by name, and waits."""
-    drawn(model, 2)  # tables that are made once
+    drawn(model, 2, **options)  # tables that are made once
     counts = []
     for tokens in (SHORT, LONG):
         before = Counter(OPERATIONS), Counter(WAITS)
-        drawn(model, tokens)
+        drawn(model, tokens, **options)
         counts.append((Counter(OPERATIONS) - before[0], Counter(WAITS) - before[1]))
     (short, few), (long, many) = counts
     long.subtract(short)
@@ -95,6 +96,32 @@ def captured(family: str, adapters: bool) -> dict:
     return {"same": same, "replays": replays, "lengths": len(lengths), "pools": len(pools)}
 
 
+def stopped() -> dict:
+    """At limits that end at a look, before it, and before the first one."""
+    model = make("qwen2_vl", 4)
+    never = stop_strings((b"c",), ())
+    (plain, _), (more, waits) = per_token(model), per_token(model, stop=never)
+    stop_ids, found = (5, 50), []
+    stop = stop_strings((b"abbab", b"bbbbb"), stop_ids)
+    uniforms = torch.rand(2 * GROUP, LONG, dtype=torch.float64)
+
+    def at(limit: int, **options) -> list[list[int]]:
+        sampling = Sampling(limit, min_p=0.01, **options)
+        return generate(model, prompts_of(model), GROUP, sampling, uniforms[:, :limit])[0]
+
+    model = cast(model, torch.float32).to("cpu")
+    expected = [cut_short(ids, stop, stop_ids) for ids in at(LONG)]
+    model = model.to("cuda")
+    for graphs in (None, Graphs(model)):
+        model.graphs = graphs
+        for limit in (LONG, SHORT - 1, 2):
+            ids = at(limit, stop_ids=stop_ids, stop=stop)
+            found.append(ids == [one[:limit] for one in expected])
+    lengths = {len(one) for one in expected}
+    operations = sum(more.values()) - sum(plain.values())
+    return {"operations": operations, "waits": waits, "same": found, "lengths": len(lengths)}
+
+
 def main() -> None:
     cases = [(family, False) for family in FAMILIES]
     cases += [("qwen2_5_vl", True), ("qwen3_5", True)]
@@ -105,6 +132,7 @@ def main() -> None:
     }
     for kind in ("full_attention", "linear_attention"):
         found[f"qwen3_5 {kind}"] = launches("qwen3_5", False, kind)
+    found["stop strings"] = stopped()
     print(json.dumps(found))
 
 

@@ -40,6 +40,13 @@ def test_operations_and_waits_of_a_decoded_token(found, case):
     assert found[case]["waits"] <= 1 / 16
 
 
+def test_stop_strings_end_completions_between_the_looks(found):
+    """As on the CPU, with graphs and without. Two operations a token, and no wait more."""
+    case = found["stop strings"]
+    assert case["same"] == [True] * 6 and case["lengths"] > 2
+    assert case["operations"] <= 3 and case["waits"] <= 1 / 16
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_steps_draw_what_launched_ones_draw(found, case):
     """Token by token and bit by bit, in shapes that change, with weights that have changed. Where
