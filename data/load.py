@@ -29,11 +29,15 @@ FORMS = {"coco": coco, "yolo": yolo, "voc": voc}  # with boxes, read through dat
 DEMO_ROWS = {"train": 480, "test": 180}
 
 
-def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> SplitRows:
+def load(
+    dataset_name: str, split: str, wording: Wording = QWEN2_WORDING, several: bool = False
+) -> SplitRows:
     """The rows of a split, unchecked. wording: of prompts where the data set has none.
 
-    Raises UserError if the data set or the split does not exist (naming the splits there are),
-    a file cannot be read, a column is missing, or there is no row.
+    several: whether there are other data sets, for which a flag may be meant that has no effect on
+    this one: it is noted in `unused`, and else refused. Raises UserError if the data set or the
+    split does not exist (naming the splits there are), a file cannot be read, a column is missing,
+    or there is no row.
     """
     path, where = Path(dataset_name).expanduser(), f"{dataset_name}, split {split!r}"
     form, sources = find_form(dataset_name)
@@ -60,12 +64,19 @@ def load(dataset_name: str, split: str, wording: Wording = QWEN2_WORDING) -> Spl
     except ValueError as error:
         text = str(error)
         raise UserError(text if dataset_name in text else f"{where}: {text}") from error
-    rows.name, rows.wording = where, wording
+    rows.name, rows.source, rows.wording = where, dataset_name, wording
     if not len(rows):
         raise UserError(f"{where}: no rows")
     if wording.template is not None and not rows.has_our_prompts:
-        raise UserError(f"--prompt_template has no effect here: {dataset_name} has prompts")
+        without_effect(rows, "prompt_template", f"{dataset_name} has prompts", several)
     return rows
+
+
+def without_effect(rows: SplitRows, flag: str, why: str, several: bool) -> None:
+    """Notes that a flag has no effect on these rows. Raises UserError if there are no others."""
+    if not several:
+        raise UserError(f"--{flag} has no effect here: {why}")
+    rows.unused[flag] = why
 
 
 def read_splits(
@@ -74,24 +85,24 @@ def read_splits(
     test_split: str | None,
     test_share: float | None,
     wording: Wording,
+    several: bool = False,
 ) -> tuple[SplitRows, SplitRows]:
     """The rows to train on and those held out, by the flags of these names, unchecked.
 
     Without a test split a share of the images is held out: by default SHARE of a data set whose
-    prompts are made here, else nothing. Raises UserError as `load`, and for a --test_share beside a
-    test split.
+    prompts are made here, else nothing. several: as for `load`. Raises UserError as `load`, and
+    for a --test_share beside a test split.
     """
-    train = load(dataset_name, train_split, wording)
+    train = load(dataset_name, train_split, wording, several)
     present = set(splits(dataset_name)) - {train_split}
     if test_split is None:
         test_split = next((name for name in ("test", "validation") if name in present), None)
     if test_split and test_share is not None:
-        raise UserError(
-            f"--test_share has no effect here: {dataset_name} has a split {test_split!r}"
-        )
+        without_effect(train, "test_share", f"{dataset_name} has a split {test_split!r}", several)
     if test_split:
+        asked, several = replace(wording, corners=train.corners), "prompt_template" in train.unused
         try:
-            held_out = load(dataset_name, test_split, replace(wording, corners=train.corners))
+            held_out = load(dataset_name, test_split, asked, several)
         except UserError as error:
             raise UserError(
                 f"{error}\n(This is the held-out split {test_split!r}; --dataset_test_split names "

@@ -48,7 +48,8 @@ class Row:
     what the file holds, "" if one could. coco: of a row from a COCO file, what belongs to it there:
     image_id, category_id, category (its name), annotations (COCO's own dicts, bbox in pixels), and
     size (width, height in pixels, as the file says). declared: the row's columns width and height,
-    None if it has none. found: the solution as found, where it was read as another text.
+    None if it has none. found: the solution as found, where it was read as another text. dataset:
+    the short name of its data set, "" where there is only one.
     """
 
     index: int
@@ -59,6 +60,12 @@ class Row:
     coco: dict | None = field(default=None, compare=False)
     declared: tuple | None = field(default=None, compare=False)
     found: str = field(default="", compare=False)
+    dataset: str = field(default="", compare=False)
+
+    @property
+    def called(self) -> str:
+        """row 3, or row 3 of flowers, for messages."""
+        return f"row {self.index}{f' of {self.dataset}' * bool(self.dataset)}"
 
     @property
     def where(self) -> str:
@@ -74,7 +81,7 @@ class Row:
         try:
             return tuple(content_key(image) for image in self.images)
         except UserError as error:
-            raise ImageFault(f"row {self.index} ({self.where}): {error}") from error
+            raise ImageFault(f"{self.called} ({self.where}): {error}") from error
 
     def prompt(self, processor):
         """The row as a prompt for the model (models/processor.py). Raises ImageFault as
@@ -100,7 +107,7 @@ class Row:
             except UserError as error:
                 if pause is None:
                     raise ImageFault(
-                        f"row {self.index} ({self.where}): an image that could be read when the "
+                        f"{self.called} ({self.where}): an image that could be read when the "
                         f"run began cannot be read now: {error}; put the file back as it was"
                     ) from error
             time.sleep(pause)
@@ -118,15 +125,18 @@ class SplitRows(Sequence):
     None of other rows; stated_frame, the frame that the form's solutions count
     in, None if it does not say; corners, whether boxes were read as two corners; places, the files
     of images that are not where their names say (data/places.py).
-    Set by data/load.py: name, the data set and the split, for messages; wording, as `load` got it.
+    Set by data/load.py: name, the data set and the split, for messages; source, the data set as
+    --dataset_name has it; wording, as `load` got it; unused, why a flag has no effect on it, by
+    the flag.
     Set by data/check.py: sizes, (width, height) in pixels of each row's images; faults;
     image_keys, the content hashes of all images; solutions, by row those that were in another
-    notation, in our own form.
+    notation, in our own form; dataset, its short name where there are several data sets.
     """
 
     def __init__(self, rows, folder: Path, convert: Callable[[dict], dict] | None = None):
         self.rows, self.folder, self.convert = rows, folder, convert
-        self.name, self.wording = "", None
+        self.name, self.source, self.dataset, self.wording = "", "", "", None
+        self.unused: dict[str, str] = {}
         self.notes, self.has_our_prompts, self.asked_frame, self.corners = [], False, None, None
         self.places: dict[str, Path] = {}
         self.stated_frame: str | None = None
@@ -154,7 +164,14 @@ class SplitRows(Sequence):
             solution = solution[thought.end() :]
         problem, fault, coco = row.get("problem"), row.get("fault", ""), row.get("coco")
         found, solution = solution, self.solutions.get(index, solution)
-        return Row(index, images, problem, solution, fault, coco, declared, found)
+        return Row(
+            index, images, problem, solution, fault, coco, declared, found, dataset=self.dataset
+        )
+
+    @property
+    def parts(self) -> list["SplitRows"]:
+        """The rows of each data set: these alone."""
+        return [self]
 
     def first(self, count: int | None) -> list[Row]:
         """The first `count` rows; None or 0: all of them."""
@@ -170,7 +187,8 @@ class SplitRows(Sequence):
         """Some of the rows as rows of their own, numbered from 0, before any is checked."""
         picked = self.rows.select(indices) if hasattr(self.rows, "select") else None
         rows = SplitRows(picked or [self.rows[i] for i in indices], self.folder, self.convert)
-        for name in ("name", "has_our_prompts", "asked_frame", "stated_frame", "wording", "places"):
+        kept = ("name", "source", "unused", "wording", "places")
+        for name in (*kept, "has_our_prompts", "asked_frame", "stated_frame"):
             setattr(rows, name, getattr(self, name))
         return rows
 

@@ -43,7 +43,11 @@ class DemoRun:
         if len(answers) < 2 or not run.training:
             raise UserError(f"{folder}: a run without held-out evaluations before and after")
         (_, first), (_, last) = answers
-        self.rows = load(run.config["dataset_name"], run.config.get("dataset_test_split") or "test")
+        names = run.config["dataset_name"]
+        if isinstance(names, list) and len(names) > 1:
+            raise UserError(f"{folder}: a run on several data sets")
+        name = names if isinstance(names, str) else names[0]
+        self.rows = load(name, run.config.get("dataset_test_split") or "test")
         self.pairs = [(first[row], record) for row, record in last.items()]
         self.term = next(iter(self.pairs[0][0]["rewards"]))
         mean, held_out = f"rewards/{self.term}/mean", f"eval/{self.term}"

@@ -5,7 +5,7 @@ image's lower right corner; images are upright, as EXIF says. Solutions are conv
 to another; a data set's own prompt is never changed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -75,6 +75,33 @@ class Frames:
         return {"answers": self.answers, "resized": resized}
 
 
+@dataclass(frozen=True)
+class FramesOfSets:
+    """The `Frames` of each of several data sets, by its name; a row's own are used."""
+
+    sets: dict[str, Frames]
+
+    def __str__(self) -> str:
+        return "\nframes    ".join(f"{name}: {frames}" for name, frames in self.sets.items())
+
+    def of(self, row) -> dict[str, tuple[float, float]]:
+        """As `Frames.of`."""
+        return self.sets[row.dataset].of(row)
+
+    def answer(self, row) -> tuple[float, float]:
+        """As `Frames.answer`."""
+        return self.sets[row.dataset].answer(row)
+
+    def solution(self, row) -> str:
+        """As `Frames.solution`."""
+        return self.sets[row.dataset].solution(row)
+
+    def described(self, sizes: Iterable[tuple[int, int]]) -> dict:
+        """What `Frames.described` returns, for each data set."""
+        sizes = list(sizes)
+        return {"sets": {name: frames.described(sizes) for name, frames in self.sets.items()}}
+
+
 def frame_of(described: dict, size: tuple[int, int]) -> tuple[float, float] | None:
     """(width, height) of the frame of answers about an image of `size` (width, height in pixels),
     from what `Frames.described` returned; None if it does not say."""
@@ -85,7 +112,21 @@ def frame_of(described: dict, size: tuple[int, int]) -> tuple[float, float] | No
     return frames.get(described.get("answers"))
 
 
-def choose_frames(config, splits, processor) -> Frames:
+def choose_frames(config, sets: Mapping[str, tuple], processor) -> Frames | FramesOfSets:
+    """The frames of each data set, by itself. sets: name -> its rows to train on, and those held
+    out. Raises UserError as `frames_of_set`, with the name of the data set if there are several."""
+    if len(sets) == 1:
+        return frames_of_set(config, next(iter(sets.values())), processor)
+    found = {}
+    for name, splits in sets.items():
+        try:
+            found[name] = frames_of_set(config, splits, processor)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    return FramesOfSets(found)
+
+
+def frames_of_set(config, splits, processor) -> Frames:
     """The frames of the rows to train on and of those held out, by --data_frame and --box_frame.
 
     With "auto" the frame of solutions is guessed (rewards/guess.py), and answers are in the same

@@ -1,7 +1,7 @@
 """Boxes in the notations of other tools and models, as solutions hold them.
 
 A script reads each solution of its rows once, before it looks at what they count
-(data/check.py's `read_kinds`). What can be read without doubt becomes the project's own form, so
+(data/kinds.py's `read_kinds`). What can be read without doubt becomes the project's own form, so
 rewards, hints and conversions know no other. What cannot is named, and is a bad row for every
 script: boxes are never taken for a class. Not here: what a model answers (boxes.py).
 """

@@ -115,7 +115,7 @@ def save_turned(upright: Image.Image, orientation: int, path: Path) -> None:
 class Checked(list):
     """Rows as `load_splits` returns them where nothing is wrong."""
 
-    asked_frame, stated_frame, faults, name = None, None, (), "rows"
+    asked_frame, stated_frame, faults, name, source = None, None, (), "rows", "rows"
 
     @property
     def sound(self) -> list:
@@ -128,7 +128,9 @@ class Checked(list):
 
 def data_of(*splits, processor=None, answer_format="think") -> SimpleNamespace:
     """What `read_task` looks at."""
-    return SimpleNamespace(splits=splits, processor=processor, answer_format=answer_format)
+    return SimpleNamespace(
+        splits=splits, sets={"": splits}, processor=processor, answer_format=answer_format
+    )
 
 
 def said(rows, texts: list[str]) -> list[Group]:

@@ -22,7 +22,7 @@ from models.decoding.draw import Sampling
 from tests.runs import ROOT
 
 GDPO = ["--multi_objective_aggregation", "normalize_then_sum"]
-NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+NEEDED = ["--dataset_name", "d", "--model_name_or_path", "m"]
 
 
 def parse(*argv, demo=None):

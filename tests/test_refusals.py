@@ -8,8 +8,8 @@ import pytest
 import grpo.engine.load
 import train_cls
 import train_det
-from data.check import refuse_other_task
 from data.errors import RewardFault, UserError
+from data.kinds import refuse_other_task
 from rewards.parse import ideal_completion
 from tests.runs import CHECKPOINT, SHORT, Checked, detection_set, train
 

@@ -151,8 +151,8 @@ def test_a_run_is_read(tmp_path):
     assert [line["step"] for line in run.evaluations] == [0, 3]
     assert run.findings == [(2, "flat\n  more"), (3, "again")]
     (first, before), (last, after) = run.answers()
-    assert (first, last) == (0, 3) and before[0]["rewards"]["accuracy"] == 0
-    assert after[0]["rewards"]["accuracy"] == 1
+    assert (first, last) == (0, 3) and before["", 0]["rewards"]["accuracy"] == 0
+    assert after["", 0]["rewards"]["accuracy"] == 1
     assert run.status == "stopped"
     with (folder / ".lock").open("a+") as lock:  # as a run that lives
         fcntl.flock(lock, fcntl.LOCK_EX)

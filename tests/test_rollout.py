@@ -60,7 +60,7 @@ class Two(Ranks):
 
 @pytest.mark.parametrize("lengths", [[74] * 4, [900, 100, 120, 950], [100, 900, 100]])
 def test_groups_and_records_meet_again_after_dealing(lengths):
-    rows = [SimpleNamespace(index=10 + i) for i in range(len(lengths))]
+    rows = [SimpleNamespace(index=10 + i, dataset="") for i in range(len(lengths))]
     config = SimpleNamespace(
         prompts_per_step=len(rows),
         dynamic_sampling=False,
@@ -117,7 +117,7 @@ def test_decoupled_rewards_teach_if_any_that_counts_differs(weights, kept):
     ]
     named = dict(zip("ab", weights, strict=True))
     rollout = Rollout(Ranks(0, 1, torch.device("cpu")), config, named)
-    rows = [SimpleNamespace(index=i) for i in range(3)]
+    rows = [SimpleNamespace(index=i, dataset="") for i in range(3)]
     dealt = rollout.deal(rows, [1, 1, 1])
     rollout.add(
         [

@@ -195,7 +195,7 @@ def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
     ratio += () if loss == "cispo" else ("epsilon_high",)  # cispo asks for it all the same
     lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
     kl = ("kl_estimator", "kl_alarm", "use_bias_correction_kl")
-    sharding = ("shard_size", "reshard_after_forward")
+    sharding, one_set = ("shard_size", "reshard_after_forward"), len(config.dataset_name) == 1
     clipped = f"it is for --loss_type {', '.join(CLIPPED[:-1])} or {CLIPPED[-1]}"
     epochs = f"--max_steps {config.max_steps} decides"
     return [
@@ -217,6 +217,7 @@ def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
         (("timeout",), world == 1, "with one rank there is no other to wait for"),
         (sharding, world == 1, "with one rank nothing is sharded"),
         (sharding, adapters, "with --use_peft every rank holds all weights"),
+        (("dataset_weights",), one_set, "there is one data set"),
         (("run_name",), not config.trackers, "it names the run for --report_to"),
     ]
 

@@ -18,6 +18,7 @@ SAME_VALUE = {
     "lora_target_modules": {"all-linear": None},
 }
 AT_MOST = 40  # unknown flags that a message lists
+PATHS = ("dataset_name",)  # lists whose values may hold a comma
 
 
 class Kind(NamedTuple):
@@ -45,7 +46,8 @@ def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
             if kinds[name].verbatim and kept:
                 words += [f"--{name}={value}" for value in kept]
             elif kept is not None:
-                one = kept and not kinds[name].is_list and (joined or kept[0][:1] == "-")
+                one = kept and (joined or kept[0][:1] == "-") and len(kept) == 1
+                one = one and (name in PATHS or not kinds[name].is_list)
                 words += [f"--{name}={kept[0]}"] if one else [f"--{name}", *kept]
         elif name.startswith("no_") and kinds.get(name[3:]) == Kind(bool, False) and not joined:
             words += [f"--{name[3:]}", "false"]
@@ -75,7 +77,7 @@ def _flags_with_values(argv: Sequence[str]) -> list[tuple[str | None, list[str],
 
 def _values(name: str, values: list[str], kind: Kind) -> tuple[list[str] | None, list[str]]:
     """(a flag's values in our spelling, None to leave it out; words that are none of them)."""
-    if kind.verbatim:
+    if kind.verbatim or name in PATHS:
         return values, []
     if kind.is_list:
         values = [part.strip(" \"'[]") for value in values for part in value.split(",")]

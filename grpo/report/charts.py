@@ -4,6 +4,8 @@ Not here: drawing (page.js, with Plotly), and what a metric means (docs/metrics.
 """
 
 import fnmatch
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo.report.read import RunRecord
@@ -27,6 +29,10 @@ CHARTS = (
     ("mfu", "Share of the devices' peak", "share", ("perf/mfu",), False),
     ("memory", "Memory by phase", "GB", ("memory/*",), False),
 )
+# The first part of a metric that a data set has its own of -> how many parts that one has at least.
+OF_A_SET = {"reward": 2, "reward_std": 2, "frac_reward_zero_std": 2, "epoch": 2}
+OF_A_SET |= {"rewards": 4, "completions": 3, "sampling": 3, "eval": 3}
+OF_EACH_SET = ("reward", "terms", "held-out")
 NOT_DRAWN = ("eval/AP50/*", "eval/mean_length", "eval/clipped_ratio")  # in the table of results
 # Of several runs: a chart for each metric, a line for each run. Pattern, unit, moving mean.
 COMPARED = (
@@ -69,6 +75,15 @@ def logged_names(runs: list[RunRecord]) -> list[str]:
     return list(dict.fromkeys(name for kind in kinds for name in kind))
 
 
+def set_of(name: str, datasets: Iterable[str]) -> tuple[str, str]:
+    """(the data set that a metric is of, the metric's name without it): reward/flowers is reward of
+    flowers. "" if it is of all of them."""
+    parts = name.split("/")
+    if len(parts) >= OF_A_SET.get(parts[0], math.inf) and parts[1] in datasets:
+        return parts[1], "/".join([parts[0], *parts[2:]])
+    return "", name
+
+
 def names_like(logged: list[str], patterns: tuple[str, ...]) -> list[str]:
     """Those of the logged metrics that match a pattern and none of NOT_DRAWN."""
 
@@ -90,16 +105,22 @@ def short_name(name: str) -> str:
 
 
 def charts_of(run: RunRecord) -> list[dict]:
-    """The charts of one run, a line for each metric."""
-    charts, logged = [], logged_names([run])
+    """The charts of one run, a line for each metric. The reward, its terms and what is held out
+    have a chart of each of several data sets, too."""
+    charts, logged = [], [(set_of(name, run.datasets), name) for name in logged_names([run])]
     for key, title, unit, patterns, smooth in CHARTS:
-        lines = [
-            _line(short_name(name), series_of(run, name), smooth, name.startswith("eval/"), color)
-            for color, name in enumerate(names_like(logged, patterns))
-        ]
-        if key == "failures":  # most runs never see three of the six reasons
-            lines = [line for line in lines if any(line["y"])]
-        charts.append(_chart(key, title, unit, lines, _marks(run)))
+        for number, dataset in enumerate(("", *run.datasets)):
+            if dataset and key not in OF_EACH_SET:
+                continue
+            full = {plain: name for (whose, plain), name in logged if whose == dataset}
+            lines = [
+                _line(short_name(plain), series_of(run, full[plain]), smooth, key == "held-out", c)
+                for c, plain in enumerate(names_like(list(full), patterns))
+            ]
+            if key == "failures":  # most runs never see three of the six reasons
+                lines = [line for line in lines if any(line["y"])]
+            own, whose = (f"{key}-{number}", f": {dataset}") if dataset else (key, "")
+            charts.append(_chart(own, title + whose, unit, lines, _marks(run)))
     return [chart for chart in charts if chart["lines"]]
 
 

@@ -49,17 +49,22 @@ class Gallery:
         value = self._value(record)
         return value > self.least if self.boxes else value >= self.least
 
-    def _card(self, number: int, before: dict | None, after: dict, run: RunRecord, album) -> dict:
-        row, picture = album.row(True, number), album.picture(True, number)
-        drawn = draw("truth", after["truth"], picture, run.frames, "")
+    def _card(self, place: tuple, before: dict | None, after: dict, run: RunRecord, album) -> dict:
+        """place: a data set's name, "" if there is one, and a row's number."""
+        row, picture = album.row(True, *place), album.picture(True, *place)
+        frames, (dataset, number) = frames_for(run, place[0]), place
+        drawn = draw("truth", after["truth"], picture, frames, "")
         if before:
-            drawn += draw("before", before["answer"], picture, run.frames, None)
-        drawn += draw("after", after["answer"], picture, run.frames, None)
+            drawn += draw("before", before["answer"], picture, frames, None)
+        drawn += draw("after", after["answer"], picture, frames, None)
+        kind = class_of(after, row, self.boxes)
         change = self._value(after) - self._value(before) if before else 0.0
         answers = [self._answer("before", before)] if before else []
         return {
             "row": number,
-            "class": shortened(class_of(after, row, self.boxes), 80),
+            "called": called(dataset, number),
+            "title": shortened(kind, 80),
+            "class": shortened(of_set(dataset, kind), 80),
             "picture": picture,
             "images": len(row.images) if row else 0,
             "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
@@ -84,6 +89,22 @@ class Gallery:
         }
 
 
+def frames_for(run: RunRecord, dataset: str) -> dict | None:
+    """`RunRecord.frames` of a data set."""
+    sets = (run.frames or {}).get("sets")
+    return sets.get(dataset) if sets else run.frames
+
+
+def called(dataset: str, row: int) -> str:
+    """3, or 3 of flowers."""
+    return f"{row}{f' of {dataset}' * bool(dataset)}"
+
+
+def of_set(dataset: str, name: str) -> str:
+    """A class, with its data set where there are several."""
+    return f"{dataset}: {name}" if dataset else name
+
+
 def training_groups(run: RunRecord, completions: Completions, album: Album) -> list[dict]:
     """Some groups of completions, spread evenly over the run, in the order of the steps."""
     picked = pick_groups(completions.groups)
@@ -93,13 +114,15 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
         shown = records[:SAMPLES]
         letters = min(3000, LETTERS // (len(picked) * len(shown)))
         index, truth = records[0]["row"], records[0]["truth"]
-        row, picture = album.row(False, index), album.picture(False, index)
+        dataset = records[0].get("dataset") or ""
+        row, picture = album.row(False, dataset, index), album.picture(False, dataset, index)
+        frames = frames_for(run, dataset)
         boxes, drawn = has_boxes(truth), []
         if boxes:
-            drawn = draw("truth", truth, picture, run.frames, "")
+            drawn = draw("truth", truth, picture, frames, "")
             for number, record in enumerate(shown):
                 kind = "up" if (record["advantage"] or 0.0) > 0 else "down"
-                drawn += draw(kind, record["answer"], picture, run.frames, str(number))
+                drawn += draw(kind, record["answer"], picture, frames, str(number))
         rewards = [record["reward"] or 0.0 for record in records]
         largest = max(abs(record["advantage"] or 0.0) for record in records) or 1.0
         groups.append({
@@ -107,7 +130,7 @@ def training_groups(run: RunRecord, completions: Completions, album: Album) -> l
             "prompt": prompt,
             "row": index,
             "truth": shortened(truth, LETTERS_OF_A_CARD),
-            "class": shortened(class_of(records[0], row, boxes), 80),
+            "class": shortened(of_set(dataset, class_of(records[0], row, boxes)), 80),
             "problem": shortened(row.problem, LETTERS_OF_A_CARD) if row else None,
             "picture": picture,
             "drawn": drawn,

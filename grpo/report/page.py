@@ -46,7 +46,7 @@ def _escape(code: int) -> str:
 
 def run_page(run: RunRecord) -> str:
     """The report of one run. Raises UserError if a file of the run is damaged."""
-    album = Album(run.config, run.wording)
+    album = Album(run.config, run.wording, run.datasets)
     gallery = Gallery(run, album)
     completions = Completions(run.folder / "completions.jsonl")
     groups = training_groups(run, completions, album)
@@ -94,9 +94,12 @@ def comparison_page(runs: list[RunRecord]) -> str:
 
 
 def headline(run: RunRecord) -> list[dict]:
-    """The main results, before and after: held-out means of the terms and AP, and the reward."""
+    """The main results, before and after: held-out means of the terms and AP, the first term of
+    each of several data sets, and the reward."""
     minor = ("mean_length", "clipped_ratio")
     lines = [line for line in results(run) if "/" not in line["name"] and line["name"] not in minor]
+    main = [f"{name}/{line['name']}" for line in lines[:1] for name in run.datasets]
+    lines += [line for line in results(run) if line["name"] in main]
     rewards = [(line["step"], line.get("reward")) for line in run.training]
     rewards = [(step, value) for step, value in rewards if value is not None]
     if rewards:

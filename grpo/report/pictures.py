@@ -55,46 +55,56 @@ class Drawn:
 
 
 class Album:
-    """The rows of a run's data set and their thumbnails.
+    """The rows of a run's data sets and their thumbnails.
 
     config: the run's flags. wording: how its prompts were worded (`Wording` as a dict), None if it
-    did not say. limit: bytes of all data URIs at most. notes: why rows or images are missing, each
-    reason once.
+    did not say. datasets: as of `RunRecord`. limit: bytes of all data URIs at most. notes: why rows
+    or images are missing, each reason once.
     """
 
-    def __init__(self, config: dict, wording: dict | None = None, limit: int = BYTES):
+    def __init__(
+        self,
+        config: dict,
+        wording: dict | None = None,
+        datasets: dict[str, str] | None = None,
+        limit: int = BYTES,
+    ):
         self.config, self.left, self.notes = config, limit, []
         self.wording = Wording(**wording) if wording else Wording()
-        self._splits: tuple[Sequence[Row], Sequence[Row]] | None = None
-        self._pictures: dict[tuple[bool, int], Picture | None] = {}
+        one = config.get("dataset_name")  # a text in runs of before there could be several
+        self.sources = datasets or {"": str(one[0] if isinstance(one, list) and one else one)}
+        self._splits: dict[str, tuple[Sequence[Row], Sequence[Row]]] = {}
+        self._pictures: dict[tuple[bool, str, int], Picture | None] = {}
 
-    def row(self, held_out: bool, index: int) -> Row | None:
-        """A held-out row, or one to train on, by its index; None if the data set lacks it."""
-        if self._splits is None:
+    def row(self, held_out: bool, dataset: str, index: int) -> Row | None:
+        """A held-out row of a data set, or one to train on, by its index; None if there is none."""
+        if dataset not in self._splits:
             flag = self.config.get
             try:
-                self._splits = read_splits(
-                    dataset_name=str(flag("dataset_name")),
+                self._splits[dataset] = read_splits(
+                    dataset_name=str(self.sources.get(dataset)),
                     train_split=flag("dataset_train_split") or "train",
                     test_split=flag("dataset_test_split"),
                     test_share=flag("test_share"),
                     wording=self.wording,
+                    several=len(self.sources) > 1,
                 )
             except UserError as error:
-                self._splits = ((), ())
+                self._splits[dataset] = ((), ())
                 self._note(f"no images and problems: the data set cannot be read now: {error}")
-        rows = self._splits[held_out]
+        rows = self._splits[dataset][held_out]
         if 0 <= index < len(rows):
             return rows[index]
         if len(rows):
             self._note("rows are missing: the data set has fewer of them now")
         return None
 
-    def picture(self, held_out: bool, index: int) -> Picture | None:
+    def picture(self, held_out: bool, dataset: str, index: int) -> Picture | None:
         """The thumbnail of a row's first image; None if there is none, or no room for it."""
-        if (held_out, index) not in self._pictures:
-            self._pictures[held_out, index] = self._thumbnail(self.row(held_out, index))
-        return self._pictures[held_out, index]
+        place = held_out, dataset, index
+        if place not in self._pictures:
+            self._pictures[place] = self._thumbnail(self.row(held_out, dataset, index))
+        return self._pictures[place]
 
     def _thumbnail(self, row: Row | None) -> Picture | None:
         if row is None or not row.images:

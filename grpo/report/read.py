@@ -39,8 +39,9 @@ class RunRecord:
     metrics.jsonl for each step, and for each held-out evaluation. findings: (step, text) of
     diagnosis.txt. steps: how many the run is to have. frames: what coordinates in answers count, as
     `Frames.described` wrote it (rewards/frames.py). wording: how prompts were worded, a `Wording`
-    as a dict (data/wording.py). The last three are None if the folder does not say. status:
-    "finished", "running", "stopped", or "evaluated" if nothing was trained.
+    as a dict (data/wording.py). The last three are None if the folder does not say. datasets: of
+    several data sets, name -> --dataset_name; else empty. status: "finished", "running", "stopped",
+    or "evaluated" if nothing was trained.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class RunRecord:
     steps: int | None
     frames: dict | None
     wording: dict | None
+    datasets: dict[str, str]
     status: str
 
     @property
@@ -63,9 +65,9 @@ class RunRecord:
         """The last finished step; 0 before the first."""
         return self.training[-1]["step"] if self.training else 0
 
-    def answers(self) -> list[tuple[int, dict[int, dict]]]:
-        """(step, row number -> record) of the first and the last evaluation whose eval-<step>.jsonl
-        exists; fewer if there are no two."""
+    def answers(self) -> list[tuple[int, dict[tuple[str, int], dict]]]:
+        """(step, (data set, row number) -> record) of the first and the last evaluation whose
+        eval-<step>.jsonl exists; fewer if there are no two. The data set is "" if there is one."""
         steps = [
             line["step"]
             for line in self.evaluations
@@ -75,7 +77,8 @@ class RunRecord:
         answers = []
         for step in dict.fromkeys(steps[:1] + steps[-1:]):
             lines = read_lines(self.folder / f"eval-{step}.jsonl", needed)
-            answers.append((step, {line["row"]: line for line in lines}))
+            rows = {(line.get("dataset") or "", line["row"]): line for line in lines}
+            answers.append((step, rows))
         return answers
 
 
@@ -114,6 +117,7 @@ def read_run(folder: Path) -> RunRecord:
         steps=steps,
         frames=about.get("frames"),
         wording=about.get("ask"),
+        datasets=about.get("datasets") or {},
         status="evaluated" if config.get("eval_only") else _status(folder, done, steps),
     )
 
@@ -165,7 +169,7 @@ def _read_about(path: Path) -> dict:
     if not path.exists():
         return {}
     about = files.read_json(path)
-    types = {"steps": int, "frames": dict | None}
+    types = {"steps": int, "frames": dict | None, "datasets": dict | None}
     if not isinstance(about, dict) or any(
         not isinstance(about.get(name), type_) for name, type_ in types.items()
     ):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.check import load_splits
 from data.rows import Row, SplitRows
+from data.sets import JoinedRows
 from grpo.engine.ranks import Ranks
 from grpo.run.dry import look_at_weights
 from models.config import QwenVLConfig
@@ -20,14 +21,14 @@ from models.processor import Processor
 class Data:
     """The data, and what the model's folder says without its weights.
 
-    rows: to train on. held_out: to measure with, may be empty. Both have their `faults`. folder: of
+    rows: to train on, of all data sets. held_out: to measure with, may be empty. folder: of
     the model. sizes: its config, and how many parameters it has in all and in the vision tower.
     eval_samples, stop: the flags. notes: further lines of the plan. lengths: tokens of each prompt
     of both splits, once the rows are checked.
     """
 
-    rows: SplitRows
-    held_out: SplitRows
+    rows: SplitRows | JoinedRows
+    held_out: SplitRows | JoinedRows
     processor: Processor
     folder: Path
     sizes: tuple[QwenVLConfig, int, int]
@@ -37,8 +38,15 @@ class Data:
     lengths: list[int] = field(default_factory=list)
 
     @property
-    def splits(self) -> tuple[SplitRows, SplitRows]:
-        return self.rows, self.held_out
+    def splits(self) -> list[SplitRows]:
+        """Those to train on, one of each data set, then those held out in the same order."""
+        return [*self.rows.parts, *self.held_out.parts]
+
+    @property
+    def sets(self) -> dict[str, tuple[SplitRows, SplitRows]]:
+        """Each data set's rows to train on and held out, by its name; "" where there is one."""
+        pairs = zip(self.rows.parts, self.held_out.parts, strict=True)
+        return {train.dataset: (train, held_out) for train, held_out in pairs}
 
     @property
     def answer_format(self) -> str:
@@ -47,7 +55,7 @@ class Data:
 
     @cached_property
     def eval_rows(self) -> list[Row]:
-        """The held-out rows that evaluations take: the first --eval_samples."""
+        """The held-out rows that evaluations take: the first --eval_samples of each data set."""
         return self.held_out.first(self.eval_samples)
 
 

@@ -44,7 +44,10 @@ def write_report(folder: Path) -> str:
 
 def about(steps: int, rows, held_out, task) -> dict:
     """What a report cannot tell from the flags, for run.json: how many steps there will be, what
-    coordinates in answers count, how prompts were worded."""
+    coordinates in answers count, how prompts were worded, and the names of several data sets."""
     sizes = chain((of_row[0] for of_row in rows.sizes), (row.size for row in held_out))
     frames = task.frames.described(sizes) if task.frames else None
-    return {"steps": steps, "frames": frames, "ask": asdict(rows.wording)}
+    found = {"steps": steps, "frames": frames, "ask": asdict(rows.wording)}
+    if len(rows.parts) > 1:
+        found["datasets"] = {part.dataset: part.source for part in rows.parts}
+    return found

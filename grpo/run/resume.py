@@ -136,12 +136,14 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
             raise TypeError("config and facts are not tables")
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'}: not a readable run state: {error!r}") from error
+    # a flag that was not there yet: by default a run is what it was without
+    then = {f.name: state.config.get(f.name, f.default) for f in fields(config)}
+    both = {name: (value, getattr(config, name)) for name, value in then.items()}
+    both["dataset_name"] = tuple(map(_one, both["dataset_name"]))
     changed = [
-        f"--{f.name}: {then!r} then, {now!r} now"
+        f"--{f.name}: {both[f.name][0]!r} then, {both[f.name][1]!r} now"
         for f in fields(config)
-        # a flag that was not there yet: by default a run is what it was without
-        if (then := state.config.get(f.name, f.default)) != (now := getattr(config, f.name))
-        and not f.metadata["may_change"]
+        if not f.metadata["may_change"] and both[f.name][0] != both[f.name][1]
     ]
     if changed:
         raise UserError(
@@ -157,6 +159,11 @@ def read_state(folder: Path, saved: dict, config, steps: int, facts: dict[str, s
         )
     check_facts(folder, state, facts)
     return state
+
+
+def _one(names: list[str] | str | None) -> list[str] | str | None:
+    """--dataset_name as it was before there could be several: the name itself if there is one."""
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
 
 
 def check_facts(folder: Path, state: State, facts: dict[str, str]) -> None:

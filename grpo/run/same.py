@@ -138,6 +138,9 @@ def _version(package: str) -> str:
 def data_facts(data, task, dtype: torch.dtype, eval_only: bool) -> dict[str, str]:
     """What must be the same on all ranks, and when the run is resumed, by name."""
     trained = {} if eval_only else {"the data set": fingerprint(data.rows)}
+    if len(data.sets) > 1:
+        sizes = {name: f"{len(rows)} + {len(held)}" for name, (rows, held) in data.sets.items()}
+        trained["the data sets"] = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return trained | {
         "the held-out rows": fingerprint(data.eval_rows),
         "what is paid for": repr(task),
