@@ -40,9 +40,9 @@ def record(folder: str, *argv: str) -> None:
             updates[-1]["ranks"] = [group.rank for group in part]
             yield part
 
-    def stepped(optimizer, rate, *arguments):
-        norm = step_of(optimizer, rate, *arguments)
-        updates[-1] |= {"rate": rate, "norm": norm}
+    def stepped(optimizer, rates, *arguments):
+        norm = step_of(optimizer, rates, *arguments)
+        updates[-1] |= {"rate": rates["learning_rate"], "norm": norm}
         if not torch.distributed.is_initialized():
             masters = optimizer.masters.items()
             updates[-1]["weights"] = {n: m.detach().clone() for n, m in masters}
