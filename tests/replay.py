@@ -42,10 +42,11 @@ def record(folder: str, *argv: str) -> None:
 
     def stepped(optimizer, rates, *arguments):
         norm = step_of(optimizer, rates, *arguments)
-        updates[-1] |= {"rate": rates["learning_rate"], "norm": norm}
+        update = next(update for update in updates if "norm" not in update)
+        update |= {"rate": rates["learning_rate"], "norm": norm}
         if not torch.distributed.is_initialized():
             masters = optimizer.masters.items()
-            updates[-1]["weights"] = {n: m.detach().clone() for n, m in masters}
+            update["weights"] = {n: m.detach().clone() for n, m in masters}
         return norm
 
     train_cls.minibatches, Optimizer.step = noted, stepped

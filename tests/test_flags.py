@@ -225,11 +225,11 @@ def test_without_a_kl_term_dead_groups_are_not_scored(tmp_path, monkeypatch):
     options = [*SHORT, "--prompts_per_step", "4", "--seed", "1"]
     lines = train(tmp_path / "run", *options, "--beta", "0")
     alive = [round(4 * (1 - line["frac_reward_zero_std"])) for line in lines[1:]]
-    twice = [n for n in alive for _ in ("scored", "trained")]
-    assert packed == twice and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
+    counts = [count for n in alive for count in (n, 0, n)]  # no old log-probs; trained
+    assert packed == counts and any(0 < n < 4 for n in alive), f"{alive}: a blunt test"
     packed.clear()
     same = train(tmp_path / "kl", *options, "--beta", "1e-12")
-    assert packed == [4, 4, 4, 4]
+    assert packed == [4, 0, 4] * 2
     assert lines[1]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-4)
 
     monkeypatch.setattr(train_cls, "score", lambda *_: {"accuracy": 1.0, "format": 1.0})
