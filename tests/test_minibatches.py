@@ -45,11 +45,13 @@ def test_parts_are_even_in_groups_in_those_that_teach_and_in_those_of_each_rank(
     ranks, count = chance.choice([1, 2, 3, 8]), chance.randint(1, 40)
     dead = {n for n in range(count) if chance.random() < chance.choice([0.0, 0.5])}
     parts, passes = chance.randint(1, count), chance.choice([1, 2])
-    config = flags(num_minibatches=parts, num_iterations=passes, seed=seed)
+    beta = chance.choice([0.0, 0.1])  # with a KL term every group has a gradient
+    config = flags(num_minibatches=parts, num_iterations=passes, seed=seed, beta=beta)
     found = list(minibatches(groups_of(ranks, count, dead), config, 7))
     numbers = [[group.number for group in part] for part in found]
     assert all(part == sorted(part) for part in numbers), "as they came"
     used = max(1, min(parts, count - len(dead)))  # a part without a gradient makes no update
+    used = parts if beta else used
     assert len(found) == passes * used
     for start in range(0, len(found), used):
         drawn = numbers[start : start + used]
