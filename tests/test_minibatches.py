@@ -215,7 +215,10 @@ def test_a_part_that_fails_ends_the_step_and_is_counted(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_several_updates_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path):
     options = [*SHORT, "--prompts_per_step", "5", "--num_minibatches", "2", "--max_steps", "4"]
-    train(tmp_path / "run", *options, "--save_steps", "2", "--dynamic_sampling")
+    options += ["--warmup_ratio", "0", "--learning_rate", "8e-4", "--dynamic_sampling"]
+    lines = train(tmp_path / "run", *options, "--save_steps", "2")
+    rates = [line["learning_rate"] for line in lines if "loss" in line]  # of 8 mini-batches
+    assert rates == pytest.approx([7e-4, 5e-4, 3e-4, 1e-4]), "those of each step's last update"
     assert_resumes(tmp_path / "run", tmp_path / "again", "checkpoint-4", "final")
 
 
