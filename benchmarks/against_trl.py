@@ -4,7 +4,7 @@
     python benchmarks/against_trl.py
 
 TRL's method runs as it is, on a stand-in for the trainer that gives it log-probs and entropies, one
-micro-batch, one process. It averages over that micro-batch; here a batch is the whole step, so the
+micro-batch, one process. It averages over that micro-batch; here a batch is a whole update, so the
 two agree. What TRL computes otherwise is printed beside each line:
 
 * entropy bonus: TRL takes the mean over tokens for every loss type; here it has the loss's own

@@ -187,7 +187,7 @@ def find_form(dataset_name: str) -> tuple[str, dict]:
     inner = [folder for folder in folders.folders(path)[:5] if _is_annotated(folder)]
     if len(inner) > 1:
         names = ", ".join(folder.name for folder in inner)
-        raise UserError(f"{path}: several data sets, {names}: give --dataset_name one")
+        raise UserError(f"{path}: several data sets, {names}: give --dataset_name one or more")
     try:
         if splits := folders.find(path):
             return "folders", splits
@@ -226,6 +226,12 @@ def _is_local(path: Path) -> bool:
     """
     if os.path.exists(path):  # Path.exists raises where a folder above may not be read
         return True
+    if "," in str(path):  # nor does the hub have such names
+        names = " ".join(str(path).replace(",", " ").split())
+        raise UserError(
+            f"--dataset_name {path}: no such file or folder; several data sets are written with "
+            f"blanks between them: --dataset_name {names}"
+        )
     if path.is_absolute() or len(path.parts) > 2 or path.suffix in tables.SUFFIX:
         raise UserError(f"--dataset_name {path}: no such file or folder")
     return False

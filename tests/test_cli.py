@@ -98,6 +98,12 @@ def test_booleans(argv, expected):
     [
         (["--betta", "1"], "unknown flag --betta: did you mean --beta"),
         (["--per_device_train_batch_size", "8"], "--prompts_per_step"),
+        (["--generation_batch_size", "64"], "it is generation_batch_size / num_generations"),
+        (
+            ["--steps_per_generation", "8"],
+            "use --num_minibatches, .* it is steps_per_generation / gradient_accumulation_steps",
+        ),
+        (["--ppo_mini_batch_size", "64"], "use --num_minibatches, the rollout's prompts over"),
         (["--deepspeed", "x.json"], "torchrun"),
         (["--vllm_mode", "colocate"], "unknown flag --vllm_mode: there is no inference server"),
         (["--warmup_steps", "10"], "use --warmup_ratio"),
@@ -105,7 +111,7 @@ def test_booleans(argv, expected):
         (["--max_steps", "many"], "max_steps"),
         (["--bf16", "perhaps"], "neither true nor false"),
         (["--loss_type", "ppo"], "--loss_type 'ppo' is none of grpo, dapo, dr_grpo, cispo, sapo"),
-        (["--loss_type", "bnpo"], "dapo divides by those of the whole step"),
+        (["--loss_type", "bnpo"], "dapo divides by those of the whole update"),
         (["--loss_type", "vespo"], "docs/change-the-loss.md says how"),
         (
             ["--loss_type", "cispo"],

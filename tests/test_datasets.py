@@ -14,6 +14,7 @@ import train_det
 from data.check import load_splits
 from data.errors import UserError
 from data.flowers import SPECIES, rows
+from data.load import find_form
 from data.sets import short_names
 from data.stream import PromptStream, WeightedStream
 from grpo.flags.combine import without_effect
@@ -122,12 +123,19 @@ def test_one_name_is_a_list_of_one_and_a_comma_is_part_of_it(tmp_path):
         ("a b --dataset_weights 1 0", "is 0 for b: leave that data set out"),
         ("a b --dataset_weights 1,-1", "is -1.0; it must be at least 0"),
         ("a b --dataset_weights nan 1", "is nan; it must be finite"),
+        ("a --dataset-name=b", "--dataset_name is there twice: write all names behind one"),
         ("a b --interleave_prob 0.5 0.5", "use --dataset_weights, one number for each name"),
     ],
 )
 def test_what_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         parse("--model_name_or_path", "m", "--dataset_name", *words.split())
+
+
+def test_commas_between_names_are_no_path(tmp_path):
+    for names in (f"{tmp_path}/a,{tmp_path}/b", "me/a, me/b"):
+        with pytest.raises(UserError, match="with blanks between them: --dataset_name .*a .*b$"):
+            find_form(names)
 
 
 def test_weights_of_one_data_set_have_no_effect():

@@ -45,11 +45,13 @@ def test_parts_are_even_in_groups_in_those_that_teach_and_in_those_of_each_rank(
     ranks, count = chance.choice([1, 2, 3, 8]), chance.randint(1, 40)
     dead = {n for n in range(count) if chance.random() < chance.choice([0.0, 0.5])}
     parts, passes = chance.randint(1, count), chance.choice([1, 2])
-    config = flags(num_minibatches=parts, num_iterations=passes, seed=seed)
+    beta = chance.choice([0.0, 0.1])  # with a KL term every group has a gradient
+    config = flags(num_minibatches=parts, num_iterations=passes, seed=seed, beta=beta)
     found = list(minibatches(groups_of(ranks, count, dead), config, 7))
     numbers = [[group.number for group in part] for part in found]
     assert all(part == sorted(part) for part in numbers), "as they came"
     used = max(1, min(parts, count - len(dead)))  # a part without a gradient makes no update
+    used = parts if beta else used
     assert len(found) == passes * used
     for start in range(0, len(found), used):
         drawn = numbers[start : start + used]
@@ -213,7 +215,10 @@ def test_a_part_that_fails_ends_the_step_and_is_counted(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_several_updates_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path):
     options = [*SHORT, "--prompts_per_step", "5", "--num_minibatches", "2", "--max_steps", "4"]
-    train(tmp_path / "run", *options, "--save_steps", "2", "--dynamic_sampling")
+    options += ["--warmup_ratio", "0", "--learning_rate", "8e-4", "--dynamic_sampling"]
+    lines = train(tmp_path / "run", *options, "--save_steps", "2")
+    rates = [line["learning_rate"] for line in lines if "loss" in line]  # of 8 mini-batches
+    assert rates == pytest.approx([7e-4, 5e-4, 3e-4, 1e-4]), "those of each step's last update"
     assert_resumes(tmp_path / "run", tmp_path / "again", "checkpoint-4", "final")
 
 

@@ -37,12 +37,17 @@ PUBLISHED = {
         },
     ),
     "EasyR1": (
-        "config=examples/config.yaml data.train_files=a/b@train trainer.max_steps=5 x.y=3",
+        "config=examples/config.yaml data.train_files=a/b@train trainer.max_steps=5 x.y=3 "
+        "worker.actor.global_batch_size=128 worker.actor.micro_batch_size_per_device_for_update=4 "
+        "algorithm.disable_kl=true",
         {
             "config=examples/config.yaml": "--config",
             "data.train_files=a/b@train": "--dataset_name",
             "trainer.max_steps=5": "write --max_steps 5",
             "x.y=3": "--name value",
+            "worker.actor.global_batch_size=128": "use --num_minibatches, the rollout's prompts",
+            "worker.actor.micro_batch_size_per_device_for_update=4": "use --tokens_per_pack",
+            "algorithm.disable_kl=true": "use --beta 0",
         },
     ),
 }

@@ -93,6 +93,7 @@ def test_groups_and_records_meet_again_after_dealing(lengths):
         mine = assign(rollout.groups, teaches, advantages=table, weights=10 * table)
         assert {id(group) for group in mine} == {id(group) for group in groups}
         for group in rollout.groups:
+            assert (group.rank == rollout.ranks.rank) == (group.prompt is not None)
             assert group.advantages.tolist() == table[group.number].tolist()
             assert group.weights.tolist() == (10 * table[group.number]).tolist()
     numbers = [group.number for groups in dealt for group in groups]

@@ -4,7 +4,7 @@ Visual-RFT's, ms-swift's and EasyR1's."""
 # Value of a flag, mostly of --loss_type -> why it is none here, and what to use instead.
 NOT_HERE = {
     "bnpo": "bnpo divides by the tokens of a local batch, so its gradient would change with "
-    "--tokens_per_pack and the number of ranks; dapo divides by those of the whole step",
+    "--tokens_per_pack and the number of ranks; dapo divides by those of the whole update",
     "luspo": "luspo is --loss_type dr_grpo --importance_sampling_level sequence but for a constant",
     "vespo": "vespo is not built in: docs/change-the-loss.md says how to add a loss",
     "gspo": "GSPO is --loss_type grpo --importance_sampling_level sequence --epsilon 3e-4 "
@@ -30,9 +30,11 @@ MINIBATCH = "--num_minibatches, the rollout's prompts over those of an update"
 ELSEWHERE = {
     "per_device_train_batch_size": "--prompts_per_step counts prompts over all ranks",
     "gradient_accumulation_steps": "--tokens_per_pack cuts a step into passes by itself",
-    "generation_batch_size": "--prompts_per_step counts prompts over all ranks",
-    "steps_per_generation": "use --num_minibatches N, the updates that a rollout is cut into; "
-    "--prompts_per_step counts the prompts of the whole rollout",
+    "generation_batch_size": "use --prompts_per_step, which counts prompts over all ranks: it is "
+    "generation_batch_size / num_generations",
+    "steps_per_generation": "use --num_minibatches, the updates that a rollout is cut into: it is "
+    "steps_per_generation / gradient_accumulation_steps; --prompts_per_step counts the prompts of "
+    "the whole rollout",
     "num_mini_batches": "use --num_minibatches",
     "ppo_mini_batch_size": f"use {MINIBATCH}",
     "global_batch_size": f"use {MINIBATCH}",
@@ -201,6 +203,16 @@ DOTTED = {
     "worker.actor.optim.lr_warmup_ratio": "--warmup_ratio",
     "worker.actor.global_batch_size": MINIBATCH,
     "actor_rollout_ref.actor.ppo_mini_batch_size": MINIBATCH,
+    **dict.fromkeys(
+        (
+            "worker.actor.micro_batch_size_per_device_for_update",
+            "worker.actor.micro_batch_size_per_device_for_experience",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+        ),
+        "--tokens_per_pack",
+    ),
+    "algorithm.disable_kl": "--beta 0",
+    "algorithm.online_filtering": "--dynamic_sampling",
     "worker.actor.ppo_epochs": "--num_iterations",
     "actor_rollout_ref.actor.ppo_epochs": "--num_iterations",
     "worker.actor.clip_ratio_low": "--epsilon",
