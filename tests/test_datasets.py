@@ -117,6 +117,7 @@ def test_one_name_is_a_list_of_one_and_a_comma_is_part_of_it(tmp_path):
     "words, message",
     [
         ("a a/", "names one data set twice, a and a/: leave one out"),
+        ("a --dataset-name=b", "--dataset_name is there twice: for several, --dataset_name a b"),
         ("a b --dataset_weights 1", "a number for each of the 2 data sets, and has 1"),
         ("a b --dataset_weights 1 2 3", "a number for each of the 2 data sets, and has 3"),
         ("a b --dataset_weights 1 0", "is 0 for b: leave that data set out"),
