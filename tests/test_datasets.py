@@ -282,6 +282,26 @@ def test_each_set_has_its_own_frame(two_frames):
     assert task.frames.described([(400, 300)]) == {"sets": {"px": sizes, "th": sizes}}
 
 
+def test_data_frame_is_for_the_sets_whose_form_does_not_say_it(two_frames, tmp_path):
+    """COCO counts pixels, whatever the flag says; it is refused where no set has a use for it."""
+    folders = [tmp_path / name / "train" for name in ("coco", "other")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (400, 300), (9, 9, number)).save(folder / "0.png")
+        image = {"id": 0, "file_name": "0.png", "width": 400, "height": 300}
+        box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [40, 30, 100, 60]}
+        content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    flags = {"script": train_det, "data_frame": "thousandths", "box_frame": "thousandths"}
+    config, data = loaded(folders[0].parent, two_frames[1], **flags)
+    frames = train_det.read_task(config, data, []).frames.sets
+    assert (frames["coco"].solutions, frames["th"].solutions) == ("pixels", "thousandths")
+    assert "--data_frame thousandths has no effect: it counts pixels" in data.rows.parts[0].notes
+    config, data = loaded(*(folder.parent for folder in folders), **flags)
+    with pytest.raises(UserError, match="coco: --data_frame thousandths: .*coco.* counts pixels"):
+        train_det.read_task(config, data, [])
+
+
 def test_average_precision_of_each_set_and_together(two_frames, tmp_path):
     """Their ids are the same; together an image of one is no image of the other, and a category of
     the same name is one."""
