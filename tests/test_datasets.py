@@ -95,6 +95,7 @@ def loaded(*names, script=train_cls, **flags) -> tuple:
         (["demo:flowers", "one, two/"], ["flowers", "one_two"]),
         (["a b", "a_b"], ["a_b", "a_b-2"]),
         (["x/AP", "花/"], ["AP-2", "花"]),
+        (["x" * 250, "x" * 251, "b"], ["x" * 60, "x" * 60 + "-2", "b"]),
         (["/", "///"], ["data", "data-2"]),
     ],
 )
