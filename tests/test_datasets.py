@@ -231,6 +231,8 @@ def test_what_one_set_holds_out_and_another_trains_on_is_counted(halves, tmp_pat
     _, data = loaded(*halves, seen)
     (note,) = data.rows.notes
     assert note.startswith("2 images are held out of early and trained on in third: ")
+    _, twice = loaded(halves[0], halves[0] + "/train.json")
+    assert twice.rows.notes[0] == "18 images are trained on in early and in train"
     assert f"data      {note}" in open_questions(data.rows)
 
 
