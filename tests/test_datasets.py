@@ -425,5 +425,7 @@ def test_its_report_shows_each_set(weighted, halves):
     solutions = [album.row(True, name, 2).solution for name in ("early", "late")]
     assert len(set(solutions)) == 2 and not album.notes
     assert album.picture(False, "early", 0).uri != album.picture(False, "late", 0).uri
+    assert album.row(False, "late", 99) is None
+    assert album.notes == ["rows are missing: the data set late has fewer of them now"]
     page = run_page(run)
     assert "Row 2 of late: <bdi>" in page and ">late: " in page and "term by term: early" in page
