@@ -5,6 +5,7 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -20,11 +21,15 @@ from grpo.flags.combine import without_effect
 from grpo.flags.config import TrainingConfig
 from grpo.plan.plan import open_questions, sources
 from grpo.report.charts import charts_of, set_of
+from grpo.report.gallery import frames_for, training_groups
 from grpo.report.page import headline, run_page
 from grpo.report.pictures import Album
-from grpo.report.read import read_run
+from grpo.report.read import Completions, read_run
+from grpo.reward import Record
+from grpo.rollout import Group
 from grpo.run.checkpoint import State
 from grpo.run.data import Data
+from grpo.run.metrics import evaluation_metrics, rollout_metrics
 from grpo.run.resume import read_state
 from grpo.run.same import data_facts
 from models.processor import Processor
@@ -132,6 +137,13 @@ def test_what_is_refused(words, message):
         parse("--model_name_or_path", "m", "--dataset_name", *words.split())
 
 
+def test_a_link_to_a_data_set_is_that_data_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="names one data set twice, .*a and .*b: leave one out"):
+        parse("--model_name_or_path=m", "--dataset_name", f"{tmp_path}/a", f"{tmp_path}/b")
+
+
 def test_weights_of_one_data_set_have_no_effect():
     config, _ = parse("--model_name_or_path=m", "--dataset_name=d", "--dataset_weights", "3", "1")
     (sentence,) = without_effect(config, world=1)
@@ -234,6 +246,14 @@ def test_what_one_set_holds_out_and_another_trains_on_is_counted(halves, tmp_pat
     _, twice = loaded(halves[0], halves[0] + "/train.json")
     assert twice.rows.notes[0] == "18 images are trained on in early and in train"
     assert f"data      {note}" in open_questions(data.rows)
+
+
+def test_aliases_may_be_of_any_set(halves, tmp_path):
+    late = train_cls.read_class(loaded(halves[1])[1].rows[0].solution)
+    (tmp_path / "aliases.json").write_text(json.dumps({late: ["x"], "no such class": ["y"]}))
+    config, data = loaded(*halves, aliases=str(tmp_path / "aliases.json"))
+    train_cls.read_task(config, data, [])
+    assert data.rows.notes == ["--aliases: no class of the data set is no such class"]
 
 
 def test_facts_tell_the_sets_apart(halves):
@@ -358,6 +378,20 @@ def test_a_set_of_another_script_is_named_with_a_command_that_works(halves, two_
 # ---- a run --------------------------------------------------------------------------------------
 
 
+def test_numbers_of_a_set_are_of_its_own_completions_and_prompts_of_all_that_were_drawn():
+    def record(dataset: str, value: float) -> Record:
+        return Record(0, "t", None, "", {"a": value}, {}, value, 1, False, dataset)
+
+    drawn = [[record("x", 1.0), record("x", 0.0)], [record("y", 0.0), record("y", 0.0)]]
+    metrics = evaluation_metrics([of_row[0] for of_row in drawn], drawn)
+    assert (metrics["eval/x/pass@2/a"], metrics["eval/y/pass@2/a"]) == (1, 0)
+    assert (metrics["eval/x/a"], metrics["eval/y/a"], metrics["eval/a"]) == (1, 0, 0.5)
+    kept = Group(None, [], row=SimpleNamespace(dataset="x"), records=drawn[0])
+    metrics = rollout_metrics([kept], {"x": 3, "y": 1})
+    assert (metrics["sampling/x/prompts"], metrics["sampling/y/prompts"]) == (3, 1)
+    assert metrics["reward/x"] == 0.5 and "reward/y" not in metrics
+
+
 def test_a_run_counts_names_and_measures_each_set(weighted):
     completions = read_lines(weighted / "completions.jsonl")
     prompts = [line["dataset"] for line in completions if line["sample"] == 0]
@@ -425,6 +459,14 @@ def test_its_report_shows_each_set(weighted, halves):
     solutions = [album.row(True, name, 2).solution for name in ("early", "late")]
     assert len(set(solutions)) == 2 and not album.notes
     assert album.picture(False, "early", 0).uri != album.picture(False, "late", 0).uri
+    completions = Completions(weighted / "completions.jsonl")
+    for group in training_groups(run, completions, album):
+        name = completions.group(group["step"], group["prompt"])[0]["dataset"]
+        assert group["class"].startswith(f"{name}: ")
+        assert group["picture"] is album.picture(False, name, group["row"])
+    frames = SimpleNamespace(frames={"sets": {"early": {"answers": "pixels"}, "late": {}}})
+    assert frames_for(frames, "late") == {}
+    assert album.row(True, "late", 1).called == "row 1 of late"
     assert album.row(False, "late", 99) is None
     assert album.notes == ["rows are missing: the data set late has fewer of them now"]
     page = run_page(run)
