@@ -17,13 +17,15 @@ from data.tables import SUFFIX
 
 FILES = {*SUFFIX, ".json", ".yaml", ".yml", ".xml", ".zip"}  # what is no part of a set's name
 TAKEN = ("AP", "AP50")  # words that stand in a metric's name where a data set's name does
+LONGEST = 60  # characters of a name: files are named after it, too
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
     """A name for each data set, for metrics and messages: the last part of its path or hub name.
 
     Where several have the same, the folder's above; where that does not tell them apart, all parts
-    that do, or a number. Names hold letters, digits, ".", "_" and "-" alone.
+    that do, or a number. Names hold letters, digits, ".", "_" and "-" alone, at most LONGEST and a
+    number.
     """
     parts = [_parts(source) for source in sources]
     names = [of_one[-1] for of_one in parts]
@@ -38,6 +40,7 @@ def short_names(sources: Sequence[str]) -> list[str]:
         for i in same:
             joined = "_".join(filter(None, (above[i], names[i])))
             names[i] = above[i] if alone and above[i] else joined
+    names = [name[:LONGEST] for name in names]
     for i, name in enumerate(names):  # what is still the same
         numbered = (f"{name}-{number}" for number in count_from(2))
         while names[i] in (*names[:i], *TAKEN):

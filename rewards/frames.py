@@ -117,29 +117,32 @@ def choose_frames(config, sets: Mapping[str, tuple], processor) -> Frames | Fram
     out. Raises UserError as `frames_of_set`, with the name of the data set if there are several."""
     if len(sets) == 1:
         return frames_of_set(config, next(iter(sets.values())), processor)
-    found = {}
+    found, stated = {}, [bool(rows.asked_frame) for rows, _ in sets.values()]
     for name, splits in sets.items():
         try:
-            found[name] = frames_of_set(config, splits, processor)
+            found[name] = frames_of_set(config, splits, processor, meant=not all(stated))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return FramesOfSets(found)
 
 
-def frames_of_set(config, splits, processor) -> Frames:
+def frames_of_set(config, splits, processor, meant: bool = False) -> Frames:
     """The frames of the rows to train on and of those held out, by --data_frame and --box_frame.
 
     With "auto" the frame of solutions is guessed (rewards/guess.py), and answers are in the same
     frame, as that is what a data set's own prompts ask for. Prompts that are made here
-    (data/wording.py) ask for rows.asked_frame, and their solutions are in pixels. Raises UserError
-    if --data_frame says otherwise, if --box_frame converts what is only guessed, or if the splits
-    count differently.
+    (data/wording.py) ask for rows.asked_frame, and their solutions are in pixels. meant: whether
+    --data_frame may be meant for another data set, and has no effect here. Raises UserError if
+    --data_frame says otherwise and is not, if --box_frame converts what is only guessed, or if the
+    splits count differently.
     """
     train = splits[0]
     taught, resized = processor.answers_in, processor.resized
     if train.asked_frame:
         if config.data_frame not in ("auto", "pixels"):
-            raise UserError(f"--data_frame {config.data_frame}: {train.name} counts pixels")
+            if not meant:
+                raise UserError(f"--data_frame {config.data_frame}: {train.name} counts pixels")
+            train.notes.append(f"--data_frame {config.data_frame} has no effect: it counts pixels")
         return Frames("pixels", train.asked_frame, taught, resized)
     frame, why = config.data_frame, ""
     if frame == "auto" and train.stated_frame:

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -21,11 +22,15 @@ from grpo.flags.combine import without_effect
 from grpo.flags.config import TrainingConfig
 from grpo.plan.plan import open_questions, sources
 from grpo.report.charts import charts_of, set_of
+from grpo.report.gallery import frames_for, training_groups
 from grpo.report.page import headline, run_page
 from grpo.report.pictures import Album
-from grpo.report.read import read_run
+from grpo.report.read import Completions, read_run
+from grpo.reward import Record
+from grpo.rollout import Group
 from grpo.run.checkpoint import State
 from grpo.run.data import Data
+from grpo.run.metrics import evaluation_metrics, rollout_metrics
 from grpo.run.resume import read_state
 from grpo.run.same import data_facts
 from models.processor import Processor
@@ -96,6 +101,7 @@ def loaded(*names, script=train_cls, **flags) -> tuple:
         (["demo:flowers", "one, two/"], ["flowers", "one_two"]),
         (["a b", "a_b"], ["a_b", "a_b-2"]),
         (["x/AP", "花/"], ["AP-2", "花"]),
+        (["x" * 250, "x" * 251, "b"], ["x" * 60, "x" * 60 + "-2", "b"]),
         (["/", "///"], ["data", "data-2"]),
     ],
 )
@@ -118,6 +124,7 @@ def test_one_name_is_a_list_of_one_and_a_comma_is_part_of_it(tmp_path):
     "words, message",
     [
         ("a a/", "names one data set twice, a and a/: leave one out"),
+        ("a --dataset-name=b", "--dataset_name is there twice: for several, --dataset_name a b"),
         ("a b --dataset_weights 1", "a number for each of the 2 data sets, and has 1"),
         ("a b --dataset_weights 1 2 3", "a number for each of the 2 data sets, and has 3"),
         ("a b --dataset_weights 1 0", "is 0 for b: leave that data set out"),
@@ -136,6 +143,13 @@ def test_commas_between_names_are_no_path(tmp_path):
     for names in (f"{tmp_path}/a,{tmp_path}/b", "me/a, me/b"):
         with pytest.raises(UserError, match="with blanks between them: --dataset_name .*a .*b$"):
             find_form(names)
+
+
+def test_a_link_to_a_data_set_is_that_data_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="names one data set twice, .*a and .*b: leave one out"):
+        parse("--model_name_or_path=m", "--dataset_name", f"{tmp_path}/a", f"{tmp_path}/b")
 
 
 def test_weights_of_one_data_set_have_no_effect():
@@ -237,7 +251,17 @@ def test_what_one_set_holds_out_and_another_trains_on_is_counted(halves, tmp_pat
     _, data = loaded(*halves, seen)
     (note,) = data.rows.notes
     assert note.startswith("2 images are held out of early and trained on in third: ")
+    _, twice = loaded(halves[0], halves[0] + "/train.json")
+    assert twice.rows.notes[0] == "18 images are trained on in early and in train"
     assert f"data      {note}" in open_questions(data.rows)
+
+
+def test_aliases_may_be_of_any_set(halves, tmp_path):
+    late = train_cls.read_class(loaded(halves[1])[1].rows[0].solution)
+    (tmp_path / "aliases.json").write_text(json.dumps({late: ["x"], "no such class": ["y"]}))
+    config, data = loaded(*halves, aliases=str(tmp_path / "aliases.json"))
+    train_cls.read_task(config, data, [])
+    assert data.rows.notes == ["--aliases: no class of the data set is no such class"]
 
 
 def test_facts_tell_the_sets_apart(halves):
@@ -287,6 +311,26 @@ def test_each_set_has_its_own_frame(two_frames):
     assert task.solution(in_thousandths) == in_thousandths.solution
     sizes = {"answers": "thousandths", "resized": {}}
     assert task.frames.described([(400, 300)]) == {"sets": {"px": sizes, "th": sizes}}
+
+
+def test_data_frame_is_for_the_sets_whose_form_does_not_say_it(two_frames, tmp_path):
+    """COCO counts pixels, whatever the flag says; it is refused where no set has a use for it."""
+    folders = [tmp_path / name / "train" for name in ("coco", "other")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (400, 300), (9, 9, number)).save(folder / "0.png")
+        image = {"id": 0, "file_name": "0.png", "width": 400, "height": 300}
+        box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [40, 30, 100, 60]}
+        content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    flags = {"script": train_det, "data_frame": "thousandths", "box_frame": "thousandths"}
+    config, data = loaded(folders[0].parent, two_frames[1], **flags)
+    frames = train_det.read_task(config, data, []).frames.sets
+    assert (frames["coco"].solutions, frames["th"].solutions) == ("pixels", "thousandths")
+    assert "--data_frame thousandths has no effect: it counts pixels" in data.rows.parts[0].notes
+    config, data = loaded(*(folder.parent for folder in folders), **flags)
+    with pytest.raises(UserError, match="coco: --data_frame thousandths: .*coco.* counts pixels"):
+        train_det.read_task(config, data, [])
 
 
 def test_average_precision_of_each_set_and_together(two_frames, tmp_path):
@@ -340,6 +384,20 @@ def test_a_set_of_another_script_is_named_with_a_command_that_works(halves, two_
 
 
 # ---- a run --------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_set_are_of_its_own_completions_and_prompts_of_all_that_were_drawn():
+    def record(dataset: str, value: float) -> Record:
+        return Record(0, "t", None, "", {"a": value}, {}, value, 1, False, dataset)
+
+    drawn = [[record("x", 1.0), record("x", 0.0)], [record("y", 0.0), record("y", 0.0)]]
+    metrics = evaluation_metrics([of_row[0] for of_row in drawn], drawn)
+    assert (metrics["eval/x/pass@2/a"], metrics["eval/y/pass@2/a"]) == (1, 0)
+    assert (metrics["eval/x/a"], metrics["eval/y/a"], metrics["eval/a"]) == (1, 0, 0.5)
+    kept = Group(None, [], row=SimpleNamespace(dataset="x"), records=drawn[0])
+    metrics = rollout_metrics([kept], {"x": 3, "y": 1})
+    assert (metrics["sampling/x/prompts"], metrics["sampling/y/prompts"]) == (3, 1)
+    assert metrics["reward/x"] == 0.5 and "reward/y" not in metrics
 
 
 def test_a_run_counts_names_and_measures_each_set(weighted):
@@ -409,5 +467,15 @@ def test_its_report_shows_each_set(weighted, halves):
     solutions = [album.row(True, name, 2).solution for name in ("early", "late")]
     assert len(set(solutions)) == 2 and not album.notes
     assert album.picture(False, "early", 0).uri != album.picture(False, "late", 0).uri
+    completions = Completions(weighted / "completions.jsonl")
+    for group in training_groups(run, completions, album):
+        name = completions.group(group["step"], group["prompt"])[0]["dataset"]
+        assert group["class"].startswith(f"{name}: ")
+        assert group["picture"] is album.picture(False, name, group["row"])
+    frames = SimpleNamespace(frames={"sets": {"early": {"answers": "pixels"}, "late": {}}})
+    assert frames_for(frames, "late") == {}
+    assert album.row(True, "late", 1).called == "row 1 of late"
+    assert album.row(False, "late", 99) is None
+    assert album.notes == ["rows are missing: the data set late has fewer of them now"]
     page = run_page(run)
     assert "Row 2 of late: <bdi>" in page and ">late: " in page and "term by term: early" in page

@@ -33,10 +33,10 @@ class Kind(NamedTuple):
 def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
     """The command line in our own spelling, from --max-steps, --no_bf16, values between commas.
 
-    Raises UserError that names every word that is no flag of `kinds` and no value of one, and if
-    --dataset_name is there twice.
+    Raises UserError that names every word that is no flag of `kinds` and no value of one, and for
+    data sets in two places.
     """
-    words, unknown, seen = [], [], set()
+    words, unknown, names = [], [], {}
     for typed, joined, values in _flags_with_values(argv):
         name = (typed or "").lstrip("-").replace("-", "_")
         if typed in ("-h", "--help"):
@@ -44,9 +44,9 @@ def respell(argv: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
         elif name in kinds and typed.startswith("--"):
             kept, stray = _values(name, [*joined, *values], kinds[name])
             unknown += stray
-            if name in PATHS and name in seen:  # argparse would take the last alone
-                raise UserError(f"--{name} is there twice: write all names behind one --{name}")
-            seen.add(name)
+            if name in PATHS and names.setdefault(name, kept) != kept:  # argparse takes the last
+                both = " ".join(names[name] + kept)
+                raise UserError(f"--{name} is there twice: for several, --{name} {both}; else one")
             if kinds[name].verbatim and kept:
                 words += [f"--{name}={value}" for value in kept]
             elif kept is not None:

@@ -89,6 +89,8 @@ class Album:
                     wording=self.wording,
                     several=len(self.sources) > 1,
                 )
+                for rows in self._splits[dataset]:
+                    rows.dataset = dataset
             except UserError as error:
                 self._splits[dataset] = ((), ())
                 self._note(f"no images and problems: the data set cannot be read now: {error}")
@@ -96,7 +98,8 @@ class Album:
         if 0 <= index < len(rows):
             return rows[index]
         if len(rows):
-            self._note("rows are missing: the data set has fewer of them now")
+            whose = f" {dataset}" * bool(dataset)
+            self._note(f"rows are missing: the data set{whose} has fewer of them now")
         return None
 
     def picture(self, held_out: bool, dataset: str, index: int) -> Picture | None:
@@ -112,7 +115,7 @@ class Album:
         try:
             image = open_image(row.images[0])
         except (UserError, TypeError) as error:
-            self._note(f"an image is missing: row {row.index}, {row.where}: {error}")
+            self._note(f"an image is missing: {row.called}, {row.where}: {error}")
             return None
         size, scale = image.size, LONGEST_SIDE / max(image.size)
         shown = [max(1, round(side * scale)) for side in size]
