@@ -130,7 +130,6 @@ def test_one_name_is_a_list_of_one_and_a_comma_is_part_of_it(tmp_path):
         ("a b --dataset_weights 1 0", "is 0 for b: leave that data set out"),
         ("a b --dataset_weights 1,-1", "is -1.0; it must be at least 0"),
         ("a b --dataset_weights nan 1", "is nan; it must be finite"),
-        ("a --dataset-name=b", "--dataset_name is there twice: write all names behind one"),
         ("a b --interleave_prob 0.5 0.5", "use --dataset_weights, one number for each name"),
     ],
 )
