@@ -1,5 +1,6 @@
 """What a step's tokens add up to: grpo/tally.py."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -74,16 +75,41 @@ def test_what_a_loss_counts_is_what_is_logged():
 def test_the_largest_kl_is_of_the_first_pass_and_the_drift_of_the_first_update():
     """With mini-batches the first pass is several updates, each of other tokens."""
     tally = Tally(flags(beta=0.1, kl_estimator="k1"))
-    tally.parts = 2
     records = [SimpleNamespace(completion=f"text {n}") for n in range(3)]
     processor = SimpleNamespace(decode=lambda ids: f"token {int(ids)}")
-    for n, apart in enumerate((0.5, 3.0, 9.0)):
+    group = Group(None, [], records=records)
+    # two updates a pass, though --num_minibatches would make more of more groups; in the second
+    # pass others meet
+    for members, apart in (([0, 2], 0.5), ([1], 3.0), ([2, 1], 9.0)):
+        n = members[0]
         pack = filler()
-        pack.targets, pack.lengths = torch.tensor([n]), [1]
-        pack.completions = [(Group(None, [], records=records), n)]
+        pack.targets, pack.lengths = torch.tensor([n]), [1] + [0] * (len(members) - 1)
+        pack.completions = [(group, member) for member in members]
         logps = torch.tensor([-1.0])
         one = Tokens(0, logps, logps, logps - apart, None, logps - apart, logps, logps)
         tally.add(pack, one, torch.tensor(0.0), {"kl": torch.tensor(apart)})
         tally.grad_norms.append(1.0)
     assert tally.largest_kl(ALONE, processor) == (3.0, "token 1", "text 1")
     assert tally.drift == 0.5
+
+
+def test_ranks_that_work_in_turn_are_not_even():
+    """In each of two updates one of two ranks waits for the other."""
+
+    class Two(Ranks):
+        def gather(self, items: list) -> list:
+            (mine,) = items
+            return [mine, Counter({1: mine[0]}) if isinstance(mine, Counter) else mine]
+
+    for groups, uneven in ((1, 2), (2, 1)):
+        tally, none = Tally(flags(beta=0.0, kl_estimator="k3")), torch.zeros(0)
+        pack = filler()
+        pack.lengths = [0]
+        for update in range(2):
+            if update < groups:
+                tally.add(pack, Tokens(0, *[none] * 7), torch.tensor(0.0), {})
+            tally.grad_norms.append(1.0)
+        ranks = Two(0, 2, torch.device("cpu"))
+        if groups == 2:
+            ranks.gather = lambda items: items * 2
+        assert tally.metrics(ranks)["ranks/load_imbalance"] == uneven
