@@ -15,9 +15,10 @@ from demo.published import save_model
 from grpo.engine.head import chunk_tokens
 from grpo.flags.config import TrainingConfig
 from grpo.pack import make_packs
-from grpo.plan.advice import USABLE, advise
+from grpo.plan.advice import USABLE, advise, changes
 from grpo.plan.memory import Estimate, estimate_memory, peak_gb
 from grpo.plan.passes import Held, Skeleton, kinds
+from grpo.plan.plan import waiting
 from grpo.plan.sizes import Facts
 from grpo.rollout import Group
 from models.families import FAMILIES, parse_config
@@ -210,6 +211,24 @@ def test_what_is_advised_is_what_the_estimate_says():
 
 
 @pytest.mark.slow
+def test_no_more_parts_than_prompts_are_advised():
+    """--prompts_per_step 4 would be refused beside --num_minibatches 8."""
+    for parts, advised in ((4, True), (8, False)):
+        found = changes(TrainingConfig(num_minibatches=parts), 1)
+        assert any("prompts_per_step" in change.flags for change in found) == advised
+
+
+def test_the_plan_says_where_ranks_wait_for_others_in_each_update():
+    for prompts, parts, world, waits in (
+        (8, 4, 2, False),
+        (8, 4, 3, True),
+        (8, 8, 1, False),
+        (2, 1, 4, False),
+    ):
+        config = TrainingConfig(prompts_per_step=prompts, num_minibatches=parts)
+        assert bool(waiting(config, world)) == waits
+
+
 def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
     argv = ["--dry_run", "--gpu_memory", "24", "--output_dir", str(tmp_path / "run")]
     assert train_cls.main(argv) == 0

@@ -89,6 +89,8 @@ def changes(config: TrainingConfig, world: int, device: str = "cuda") -> list[Ch
         with_peft = not config.use_peft or all(name in WITH_PEFT for name in flags)
         sharded = world > 1 and not config.use_peft
         possible = sharded or "reshard_after_forward" not in flags
+        parts = config.num_minibatches  # each needs a prompt
+        possible &= flags.get("prompts_per_step", parts) >= parts
         possible &= device == "cuda" or not any(name in ON_GPUS for name in flags)
         if flags and smaller and with_peft and possible:
             found.append(replace(change, flags=flags))
