@@ -209,6 +209,8 @@ def test_a_part_that_fails_ends_the_step_and_is_counted(tmp_path, monkeypatch):
     assert calls == [0, 1, 1, 2, 3]
     assert lines[1]["grad_norm"] is None and lines[1]["skipped_steps"] == 1
     assert [line["num_updates"] for line in lines[1:]] == [1, 4]
+    # of the last update that was tried: the second of six, and the last
+    assert [line["learning_rate"] for line in lines[1:]] == pytest.approx([2e-4, 4e-5])
     assert read_lines(next((tmp_path / "run").glob("bad-step-1*")))
 
 
