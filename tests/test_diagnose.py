@@ -326,3 +326,30 @@ def test_a_resumed_run_says_the_same(stop):
     for number, rows in enumerate(steps[stop:], stop + 1):
         said.append(look(second, number, rows))
     assert said == whole and sum(map(len, whole)) == 3
+
+
+def test_one_of_several_data_sets_that_earns_nothing_is_found():
+    """Beside a set that learns it would not be seen; over the steps that have drawn it, and over a
+    resume."""
+    lazy = [[record(dataset="lazy"), record(dataset="lazy", layout=0.0)]]
+    steps = [lively(dataset="busy") + lazy, lively(dataset="busy"), lively(dataset="busy") + lazy]
+    for group in (group for rows in steps for group in rows):
+        for one in group:
+            one.dataset = one.dataset or "busy"
+    watch = Watch(2)
+    assert look(watch, 1, steps[0]) == {} == look(watch, 2, steps[1])
+    watch = Watch(2, json.loads(json.dumps(watch.state())))
+    said = look(watch, 3, steps[2])
+    assert said.keys() == {"diagnosis/lazy/accuracy/at_minimum"}
+    (text,) = said.values()
+    assert text.startswith(
+        "lazy: accuracy has been 0, its minimum, in every completion since step 1"
+    )
+    assert look(watch, 4, steps[2]) == {}, "once"
+
+
+def test_what_all_data_sets_show_is_said_once():
+    rows = [[record(dataset=name), record(dataset=name, layout=0.0)] for name in ("a", "b")]
+    watch = Watch(2)
+    look(watch, 1, rows)
+    assert look(watch, 2, rows).keys() == {LOW}
