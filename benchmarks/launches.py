@@ -6,12 +6,12 @@
 The first needs the emulated device that CONTRIBUTING.md describes: a random model of the published
 depth and structure, but narrow, in bfloat16 with variable-length FlashAttention. Width does not
 change how much is launched. The second needs no device: the published shapes on torch's meta
-device, 8 prompts of an image of 448 pixels (512 from Qwen3-VL on: 256 tokens) and 44 more tokens x
-8 completions of 256 tokens, with gradient checkpointing. Each operation takes the larger of two
-times: its multiplications at 800 TFLOP/s (those in float32, as Qwen3.5's delta rule has, are
-slower), and what it reads and writes at 3.0 TB/s. A phase takes the sum of these, but at least 5
-microseconds a launch. Decoding is a formula. What one operation launches beside one kernel (a sort,
-say) is not counted.
+device, 8 (--prompts) prompts of an image of 448 pixels (512 from Qwen3-VL on: 256 tokens) and 44
+more tokens x 8 completions of 256 tokens, with gradient checkpointing. Each operation takes the
+larger of two times: its multiplications at 800 TFLOP/s (those in float32, as Qwen3.5's delta rule
+has, are slower), and what it reads and writes at 3.0 TB/s. A phase takes the sum of these, but at
+least 5 microseconds a launch. Decoding is a formula. What one operation launches beside one kernel
+(a sort, say) is not counted.
 """
 
 import argparse
@@ -273,13 +273,16 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
 
 
 def main() -> None:
+    global PROMPTS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
     parser.add_argument("--decode_launches", type=int, default=500, help="a token, not captured")
     parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of a rollout")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    PROMPTS = options.prompts
     torch.manual_seed(0)
     if options.predict:
         numbers = options.decode_launches, options.tokens_per_pack
