@@ -65,8 +65,9 @@ SCRIPTS = {"cls": train_cls, "det": train_det}
 DATA = {"cls": "demo:flowers", "det": "demo:scenes"}
 
 
-def flags(checkpoint, name="cls", *more: str) -> list[str]:
-    return ["--model_name_or_path", str(checkpoint), "--dataset_name", DATA[name], *SHORT, *more]
+def flags(checkpoint, name="cls", *more: str, data=None) -> list[str]:
+    named = ["--dataset_name", str(data or DATA[name])]
+    return ["--model_name_or_path", str(checkpoint), *named, *SHORT, *more]
 
 
 def plan(capsys, tmp_path, *argv: str, script=train_cls) -> dict[str, list[str]]:
@@ -216,14 +217,14 @@ def photos(tmp_path):
 
 def test_our_own_prompts_ask_for_what_is_paid(checkpoints, photos, tmp_path, capsys):
     for name, data in photos.items():
-        own = flags(checkpoints[name], name, "--dataset_name", str(data))
+        own = flags(checkpoints[name], name, data=data)
         for more, thinks in (([], False), (["--enable_thinking"], True)):
             lines = plan(capsys, tmp_path, *own, *more, script=SCRIPTS[name])
             (prompt,) = lines["prompt"]
             assert ("<think>" in prompt) == ("First think" in prompt) == thinks
             assert "between <answer> and </answer>" in prompt and "{" not in prompt.split(":")[0]
             assert len(lines["answers"]) == 1, "it asks for what is paid for"
-    own = flags(checkpoints["cls"], "cls", "--dataset_name", str(photos["cls"]))
+    own = flags(checkpoints["cls"], "cls", data=photos["cls"])
     template = "Think in <think> </think>: which of {classes}?"
     lines = plan(capsys, tmp_path, *own, "--prompt_template", template)
     assert lines["prompt"][0].startswith("Think in <think> </think>: which of")

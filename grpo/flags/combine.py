@@ -195,7 +195,7 @@ def _idle_flags(config, world: int) -> list[tuple[tuple[str, ...], bool, str]]:
     ratio += () if loss == "cispo" else ("epsilon_high",)  # cispo asks for it all the same
     lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
     kl = ("kl_estimator", "kl_alarm", "use_bias_correction_kl")
-    sharding, one_set = ("shard_size", "reshard_after_forward"), len(config.dataset_name) == 1
+    sharding, one_set = ("shard_size", "reshard_after_forward"), len(config.dataset_name or ()) < 2
     clipped = f"it is for --loss_type {', '.join(CLIPPED[:-1])} or {CLIPPED[-1]}"
     epochs = f"--max_steps {config.max_steps} decides"
     return [
