@@ -210,7 +210,6 @@ def test_what_is_advised_is_what_the_estimate_says():
     assert len(found) > 5
 
 
-@pytest.mark.slow
 def test_no_more_parts_than_prompts_are_advised():
     """--prompts_per_step 4 would be refused beside --num_minibatches 8."""
     for parts, advised in ((4, True), (8, False)):
@@ -229,6 +228,19 @@ def test_the_plan_says_where_ranks_wait_for_others_in_each_update():
         assert bool(waiting(config, world)) == waits
 
 
+def test_a_part_is_trained_in_a_smaller_pack_and_all_are_scored():
+    config = parse_config(published("Qwen2-VL 2B"), "x")
+    facts = Facts(config, 100, 64, True, 2, "cuda", "flash_attention_2")
+    settings = TrainingConfig(prompts_per_step=8, num_generations=2, max_completion_length=50)
+    whole = Estimate(settings, facts)
+    cut = Estimate(replace(settings, num_minibatches=3), facts)
+    group = (100, 50, 50)  # 4 prompts a rank, 2 of them at most in a part
+    assert whole.pack == (group,) * 4 and cut.pack == (group,) * 2
+    assert cut.reference() == whole.reference()
+    assert cut.peaks()[0][0] < whole.peaks()[0][0], "activations"
+
+
+@pytest.mark.slow
 def test_a_gpu_is_planned_for_without_one(tmp_path, capsys):
     argv = ["--dry_run", "--gpu_memory", "24", "--output_dir", str(tmp_path / "run")]
     assert train_cls.main(argv) == 0

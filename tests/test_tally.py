@@ -40,6 +40,8 @@ def test_means_are_over_tokens():
     assert metrics["loss"] == 1.0 and metrics["entropy"] == 2.0
     assert metrics["kl"] == 0.5 and metrics["clip_ratio/high_mean"] == 1.0
     assert tally.drift == pytest.approx(0.25) and tally.is_finite()
+    tally.grad_norms.append(0.5)
+    assert tally.metrics(ALONE)["loss"] == 0.5, "the mean over the updates"
 
 
 def test_a_pack_without_completions_counts_nothing():
