@@ -105,9 +105,14 @@ def ours(settings: dict) -> dict:
 
 
 def peer(settings: dict) -> dict:
-    """TRL's GRPOTrainer on images, its own supported path, without vLLM."""
+    """TRL's GRPOTrainer on images, its own supported path, without vLLM.
+
+    settings may also have "prompts" of a step, the names of the layers that get an adapter, "lora",
+    and whether weights and arithmetic are "bf16".
+    """
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
     from PIL import Image
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -138,20 +143,22 @@ def peer(settings: dict) -> dict:
         def on_log(self, args, state, control, logs=None, **_):
             lengths.append((logs or {}).get("completions/mean_length"))
 
+    bf16, layers = settings.get("bf16", False), settings.get("lora")
     arguments = GRPOConfig(
         output_dir=str(Path(settings["folder"]) / f"run-{os.getpid()}"),
         use_cpu=True,
-        bf16=False,
+        bf16=bf16,
         beta=BETA,
         loss_type="grpo",
         learning_rate=RATE,
-        per_device_train_batch_size=PROMPTS * settings["group"],  # it counts completions
+        # it counts completions
+        per_device_train_batch_size=settings.get("prompts", PROMPTS) * settings["group"],
         num_generations=settings["group"],
         max_completion_length=settings["completion"],
         max_steps=settings["steps"] + 1,
         gradient_checkpointing=settings["checkpointing"],
         generation_kwargs={"suppress_tokens": sorted(set(special))},
-        model_init_kwargs={"dtype": torch.float32},
+        model_init_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32},
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -165,6 +172,7 @@ def peer(settings: dict) -> dict:
         train_dataset=Dataset.from_dict(rows),
         processing_class=processor,
         callbacks=[Clock()],
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=layers) if layers else None,
     )
 
     def timed(phase: str, call, counts=lambda *_: True):
@@ -221,12 +229,13 @@ def stand_in_for_torchvision() -> None:
 # ---- the comparison -----------------------------------------------------------------------------
 
 
-def in_own_process(script: str, settings: dict, threads: int) -> dict:
-    """What `script --worker SETTINGS` prints as its last line, run in a fresh process."""
+def in_own_process(script: str, settings: dict, threads: int, seconds: float | None = None) -> dict:
+    """What `script --worker SETTINGS` prints as its last line, run in a fresh process. Raises
+    subprocess.TimeoutExpired if that takes more than `seconds`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": settings["folder"]}
     command = [sys.executable, script, "--worker", json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
         sys.exit(f"{settings['kind']} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
