@@ -65,6 +65,10 @@ def product_flops(_, a, b, **__) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def linear_flops(x, weight, *_, **__) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
 def batched_flops(_, a, b, **__) -> int:
     return a[0] * product_flops(_, a[1:], b[1:])
 
@@ -77,6 +81,7 @@ def solve_flops(system, right, **__) -> int:
 MAPPING = {  # what the counter does not know by itself
     torch.ops.aten.addmm_: product_flops,
     torch.ops.aten.baddbmm_: batched_flops,
+    torch.ops.aten.mkldnn_linear: linear_flops,
     torch.ops.aten.linalg_solve_triangular: solve_flops,
     CPU_ATTENTION: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops,
