@@ -472,7 +472,7 @@ def test_images_are_copied_where_there_are_no_links(tmp_path, monkeypatch):
     link = tmp_path / "link.jpg"
     link.symlink_to(tmp_path / "food/images/waffles/2.jpg")
     with pytest.raises(FileExistsError):
-        module._link(tmp_path / "food/images/waffles/30.jpg", link)
+        module.link(tmp_path / "food/images/waffles/30.jpg", link)
     assert tree(tmp_path / "food") == before
 
 
