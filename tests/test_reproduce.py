@@ -1,10 +1,20 @@
 """Visual-RFT's table: its rule beside ours in one evaluation, and docs/reproduce.md."""
 
+import json
 import re
+from io import BytesIO
+from pathlib import Path
 
+import datasets
 import pytest
+import torch
+import yaml
+from PIL import Image
 
 import train_cls
+from benchmarks import virft
+from data.load import read_splits
+from data.wording import Wording
 from grpo.rollout import Group
 from models.processor import Processor
 from rewards.cls import visual_rft_accuracy
@@ -96,3 +106,145 @@ def test_where_the_published_rule_is_paid_for_the_exact_one_is_measured(monkeypa
     assert line["eval/accuracy_exact"] == pytest.approx(1 / 7)
     assert line["eval/accuracy_visual_rft"] == pytest.approx(5 / 7)
     assert answers[1]["measured"] == {"accuracy_visual_rft": 1.0, "accuracy_exact": 0.0}
+
+
+# ---- the sets and the table ---------------------------------------------------------------------
+
+NAMES = ["rose_garden", "F/A-18", "colts foot"]
+FOLDERS = {"flowers": "jpg", "pets": "images", "aircraft": "images", "cars": "cars_test"}
+
+
+def lists(folder: Path, name: str) -> list[str]:
+    """A stand-in of Visual-RFT's list of a set: two test images of each class; their names."""
+    folder.mkdir(exist_ok=True)
+    files = [f"{number:05d}.jpg" for number in range(6)]
+    entries = [
+        {f"/mnt/x/data/{FOLDERS[name]}/{file}": {"label": torch.tensor(n % 3), "pred": None}}
+        for n, file in enumerate(files)
+    ]
+    torch.save(entries, folder / f"{virft.SETS[name].lists}.pth")
+    (folder / f"{virft.SETS[name].lists}.txt").write_text("\n".join(NAMES))
+    return files
+
+
+def picture(color: int) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (32, 32), (color, 5, 9)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def photographs(folder: Path, name: str, files: list[str], form: str) -> Path:
+    """The test images as a benchmark's own folder, a parquet or a save_to_disk folder holds them.
+    Others of the same names are beside them, as in Cars196: of the training split."""
+    if form == "folder":
+        for n, file in enumerate(files):
+            for inside, color in ((FOLDERS[name], 20 * n), ("cars_train", 250)):
+                (folder / "data" / inside).mkdir(parents=True, exist_ok=True)
+                (folder / "data" / inside / file).write_bytes(picture(color))
+        return folder
+    sets = {}
+    for split, first in (("train", 120), ("test", 0)):
+        images = [{"bytes": picture(first + 20 * n), "path": f} for n, f in enumerate(files)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        table = {"image": images, "label": [0] * len(files)}
+        sets[split] = datasets.Dataset.from_dict(table, features=features)
+    if form == "saved":
+        datasets.DatasetDict(sets).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split, of_split in sets.items():
+            of_split.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def few(folder: Path, names=NAMES) -> Path:
+    """A stand-in of a ViRFT set on the hub: two rows of each class, its own problems."""
+    folder.mkdir()
+    rows = []
+    for n, name in enumerate(names * 2):
+        (folder / f"{n}.jpg").write_bytes(picture(100 + 20 * n))
+        rows.append(
+            {"image": f"{n}.jpg", "problem": "Which?", "solution": f"<answer>{name}</answer>"}
+        )
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder
+
+
+def made(root: Path, name: str, form: str = "folder") -> Path:
+    files = lists(root / "lists", name)
+    source = photographs(root / f"images-{name}-{form}", name, files, form)
+    rows = few(root / f"rows-{name}-{form}")
+    virft.main(
+        ["make", name, str(source), "--lists", str(root / "lists"), "--rows", str(rows)]
+        + ["--to", str(root / "virft")]
+    )
+    return root / "virft" / name
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet", "saved"])
+def test_a_set_is_made_of_its_lists_from_each_form(tmp_path, capsys, form):
+    target = made(tmp_path, "cars", form)
+    assert capsys.readouterr().out == f"{target}: 3 classes, 6 training and 6 test images\n"
+    train, test = read_splits(str(target), "train", None, None, Wording())
+    for split, rows, first in (("train", train, 100), ("test", test, 0)):
+        reds = {}
+        for row in rows:
+            red = Image.open(row.images[0]).convert("RGB").getpixel((9, 9))[0]
+            reds.setdefault(row.solution, []).append(round((red - first) / 20))
+        assert {name: sorted(of) for name, of in reds.items()} == {
+            "rose garden": [0, 3], "F/A-18": [1, 4], "colts foot": [2, 5],
+        }, split  # fmt: skip
+    settings = yaml.safe_load((tmp_path / "virft" / "cars-think.yaml").read_text())
+    assert settings["dataset_name"] == str(target)
+    assert "identify the model of the car based" in settings["prompt_template"]
+
+
+def test_what_is_wrong_with_the_sources_is_named(tmp_path, capsys):
+    files = lists(tmp_path / "lists", "pets")
+    source = photographs(tmp_path / "images", "pets", files, "folder")
+    rows = few(tmp_path / "rows", ["rose garden", "colts foot"])
+    argv = ["make", "pets", str(source), "--lists", str(tmp_path / "lists"), "--rows", str(rows)]
+    argv += ["--to", str(tmp_path / "virft")]
+
+    def refused(*changed: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            virft.main([*argv, *changed])
+        return capsys.readouterr().err
+
+    (source / "data/images" / files[0]).unlink()
+    (source / "data/cars_train" / files[0]).unlink()
+    assert f"no such image: images/{files[0]}" in refused()
+    (source / "data/images" / files[0]).write_bytes(picture(0))
+    assert "pets.txt: missing" in refused("--lists", str(tmp_path))
+    (tmp_path / "lists/pets.txt").write_text("one class")
+    assert "no list of images with labels" in refused()
+    assert not list(tmp_path.glob("virft/*"))
+    lists(tmp_path / "lists", "pets")
+    virft.main(argv)
+    assert "note: no training image of F/A-18" in capsys.readouterr().out
+    assert "is there already" in refused()
+
+
+def test_the_table_is_the_mean_over_seeds(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        virft.main(["table", str(tmp_path)])
+    for n, name in enumerate(virft.SETS):
+        figures = {
+            "base": (0.4, 0.5),
+            "seed-0-test": (0.6, 0.7),
+            "seed-1-test": (0.7, 0.9 + n / 100),
+        }
+        for run, (right, published) in figures.items():
+            folder = tmp_path / f"m-think-{name}" / run
+            folder.mkdir(parents=True)
+            line = {"eval/accuracy": right, "eval/accuracy_visual_rft": published}
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **line}) + "\n")
+    (tmp_path / "m-think-flowers" / "seed-0").mkdir()
+    (tmp_path / "m-think-flowers" / "seed-0" / "metrics.jsonl").write_text("{}\n")
+    capsys.readouterr()
+    virft.main(["table", str(tmp_path)])
+    head, _, base, trained = capsys.readouterr().out.splitlines()
+    assert head == "| | seeds | average | flowers | pets | aircraft | cars |"
+    assert base == "| m-think, base | - | 40.0 / 50.0 |" + " 40.0 / 50.0 |" * 4
+    assert trained.startswith("| m-think, trained | 2 | 65.0 / 80.8 | 65.0 ± 7.1 / 80.0 ± 14.1 |")
+    assert trained.endswith("| 65.0 ± 7.1 / 81.5 ± 16.3 |")
