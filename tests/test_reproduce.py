@@ -111,6 +111,7 @@ def test_where_the_published_rule_is_paid_for_the_exact_one_is_measured(monkeypa
 # ---- the sets and the table ---------------------------------------------------------------------
 
 NAMES = ["rose_garden", "F/A-18", "colts foot"]
+HUB: dict[str, dict] = {}
 FOLDERS = {"flowers": "jpg", "pets": "images", "aircraft": "images", "cars": "cars_test"}
 
 
@@ -133,7 +134,7 @@ def picture(color: int) -> bytes:
     return buffer.getvalue()
 
 
-def photographs(folder: Path, name: str, files: list[str], form: str) -> Path:
+def photographs(folder: Path, name: str, files: list[str], form: str) -> Path | str:
     """The test images as a benchmark's own folder, a parquet or a save_to_disk folder holds them.
     Others of the same names are beside them, as in Cars196: of the training split."""
     if form == "folder":
@@ -148,6 +149,9 @@ def photographs(folder: Path, name: str, files: list[str], form: str) -> Path:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         table = {"image": images, "label": [0] * len(files)}
         sets[split] = datasets.Dataset.from_dict(table, features=features)
+    if form == "hub":
+        HUB["me/photographs"] = sets
+        return "me/photographs"
     if form == "saved":
         datasets.DatasetDict(sets).save_to_disk(folder)
     else:
@@ -181,8 +185,9 @@ def made(root: Path, name: str, form: str = "folder") -> Path:
     return root / "virft" / name
 
 
-@pytest.mark.parametrize("form", ["folder", "parquet", "saved"])
-def test_a_set_is_made_of_its_lists_from_each_form(tmp_path, capsys, form):
+@pytest.mark.parametrize("form", ["folder", "parquet", "saved", "hub"])
+def test_a_set_is_made_of_its_lists_from_each_form(tmp_path, monkeypatch, capsys, form):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: HUB[name])
     target = made(tmp_path, "cars", form)
     assert capsys.readouterr().out == f"{target}: 3 classes, 6 training and 6 test images\n"
     train, test = read_splits(str(target), "train", None, None, Wording())
@@ -212,12 +217,11 @@ def test_what_is_wrong_with_the_sources_is_named(tmp_path, capsys):
         return capsys.readouterr().err
 
     (source / "data/images" / files[0]).unlink()
-    (source / "data/cars_train" / files[0]).unlink()
-    assert f"no such image: images/{files[0]}" in refused()
+    assert f"no image images/{files[0]}; give the folder in which images/ lies" in refused()
     (source / "data/images" / files[0]).write_bytes(picture(0))
     assert "pets.txt: missing" in refused("--lists", str(tmp_path))
     (tmp_path / "lists/pets.txt").write_text("one class")
-    assert "no list of images with labels" in refused()
+    assert "not the list of images and labels of" in refused()
     assert not list(tmp_path.glob("virft/*"))
     lists(tmp_path / "lists", "pets")
     virft.main(argv)
