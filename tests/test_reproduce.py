@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from io import BytesIO
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import train_cls
 from benchmarks import virft
 from data.load import read_splits
 from data.wording import Wording
+from grpo.flags.combine import without_effect
+from grpo.flags.parser import parse_config
 from grpo.rollout import Group
 from models.processor import Processor
 from rewards.cls import visual_rft_accuracy
-from tests.runs import read_lines
+from tests.runs import CHECKPOINT, ROOT, read_lines
 
 # ---- both rules ---------------------------------------------------------------------------------
 
@@ -252,3 +255,85 @@ def test_the_table_is_the_mean_over_seeds(tmp_path, capsys):
     assert base == "| m-think, base | - | 40.0 / 50.0 |" + " 40.0 / 50.0 |" * 4
     assert trained.startswith("| m-think, trained | 2 | 65.0 / 80.8 | 65.0 ± 7.1 / 80.0 ± 14.1 |")
     assert trained.endswith("| 65.0 ± 7.1 / 81.5 ± 16.3 |")
+
+
+# ---- docs/reproduce.md --------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "reproduce.md").read_text()
+
+
+def commands(card: int) -> list[list[str]]:
+    """The page's commands, as bash would start them. card: which of its two lines is pasted."""
+    making, runs = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    choices = re.findall(r"^card=.*\n", runs, flags=re.MULTILINE)
+    assert len(choices) == 2
+    runs = runs.replace(choices[0] + choices[1], choices[card])
+    stubs = "".join(f"{name}() {{ echo {name} $*; }}\n" for name in ("git", "python", "torchrun"))
+    ran = subprocess.run(
+        ["bash", "-eu", "-c", stubs + making + runs], capture_output=True, text=True, check=True
+    )
+    return [line.split() for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A folder with stand-ins, virft/flowers and so on, as the page's first commands make them."""
+    root = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(
+            virft, "SETS", {n: s._replace(rows=f"few-{n}") for n, s in virft.SETS.items()}
+        )
+        for _, dash_m, module, *argv in commands(0)[1:5]:
+            assert (dash_m, module) == ("-m", "benchmarks.virft")
+            name, source, _, folder = argv[1:]
+            few(root / f"few-{name}")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            photographs(Path(source), name, lists(Path(folder), name), "folder")
+            virft.main(argv)
+    return root
+
+
+def test_the_question_stands_on_the_page():
+    assert virft.question("flowers", "think").replace("\n", "\n    ") in PAGE
+    assert "think" not in virft.question("pets", "answer")
+
+
+@pytest.mark.parametrize("card", [0, 1])
+def test_the_commands_of_the_page_combine(sets, monkeypatch, card):
+    monkeypatch.chdir(sets)
+    found = [argv for name, *argv in commands(card) if name == "torchrun"]
+    assert len(found) == 4 * 4 * (1 + 3 * 2) and {script for script, *_ in found} == {
+        "train_cls.py"
+    }
+    folders = set()
+    for _, *argv in found:
+        config = parse_config(train_cls.Config, argv)[0]
+        assert without_effect(config, world=1) == []
+        assert config.eval_only or (config.optim == "adamw_8bit") == bool(card)
+        folders.add(config.output_dir)
+    assert len(folders) == len(found)
+
+
+@pytest.mark.slow
+def test_the_page_from_its_runs_to_its_table(sets, monkeypatch, capsys):
+    """One set, base, one seed, on the demo's model with two steps; then the last command."""
+    monkeypatch.chdir(sets)
+    small = ["--prompts_per_step", "2", "--num_generations", "2", "--max_completion_length", "40"]
+    found = [argv for name, *argv in commands(1) if name == "torchrun"]
+    outputs = [
+        f"runs/virft/qwen2-vl-2b-think-pets/{run}" for run in ("base", "seed-0", "seed-0-test")
+    ]
+    for output in outputs:
+        (argv,) = [argv[1:] for argv in found if argv[argv.index("--output_dir") + 1] == output]
+        argv = [str(CHECKPOINT) if word.startswith("Qwen/") else word for word in argv]
+        training = [] if "--eval_only" in argv else ["--max_steps", "2"]
+        assert train_cls.main([*argv, *small[: 6 if training else 0], *training]) == 0
+    said = capsys.readouterr().out
+    assert "no effect" not in said and "identify the species of the pet" in said
+    assert said.count("accuracy_visual_rft") >= 3
+    last = commands(1)[-1]
+    virft.main(last[3:])
+    base, trained = capsys.readouterr().out.splitlines()[2:]
+    assert base.startswith("| qwen2-vl-2b-think, base | - | - | - | ")
+    assert trained.startswith("| qwen2-vl-2b-think, trained | 1 | - | - | ")
