@@ -125,7 +125,7 @@ def _write(splits: Splits, target: Path) -> None:
                 folder = partial_names[split] / name
                 folder.mkdir(parents=True)
                 for file in files:
-                    _link(file, folder / file.name)
+                    link(file, folder / file.name)
         for split, folder in partial_names.items():
             folder.rename(target / split)
     except BaseException:
@@ -134,7 +134,7 @@ def _write(splits: Splits, target: Path) -> None:
         raise
 
 
-def _link(file: Path, link: Path) -> None:
+def link(file: Path, link: Path) -> None:
     """A relative link, so that both folders may move together; a copy where there are no links."""
     try:
         link.symlink_to(os.path.relpath(file, link.parent))

@@ -472,13 +472,13 @@ def test_images_are_copied_where_there_are_no_links(tmp_path, monkeypatch):
     link = tmp_path / "link.jpg"
     link.symlink_to(tmp_path / "food/images/waffles/2.jpg")
     with pytest.raises(FileExistsError):
-        module._link(tmp_path / "food/images/waffles/30.jpg", link)
+        module.link(tmp_path / "food/images/waffles/30.jpg", link)
     assert tree(tmp_path / "food") == before
 
 
 def test_a_write_that_fails_leaves_no_half(tmp_path, monkeypatch, capsys):
     food(tmp_path / "food")
-    link, calls = module._link, []
+    link, calls = module.link, []
 
     def full(file, to):
         calls.append(to)
@@ -486,11 +486,11 @@ def test_a_write_that_fails_leaves_no_half(tmp_path, monkeypatch, capsys):
             raise OSError(28, "No space left on device", str(to))
         link(file, to)
 
-    monkeypatch.setattr(module, "_link", full)
+    monkeypatch.setattr(module, "link", full)
     code, text = command(monkeypatch, capsys, tmp_path / "food", tmp_path / "made")
     assert code == 2 and "No space left on device" in text
     assert not list((tmp_path / "made").iterdir())
-    monkeypatch.setattr(module, "_link", link)
+    monkeypatch.setattr(module, "link", link)
     assert command(monkeypatch, capsys, tmp_path / "food", tmp_path / "made")[0] == 0
 
 
