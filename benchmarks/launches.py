@@ -56,6 +56,8 @@ FAMILIES = {
 }
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 LAUNCH = 5e-6  # seconds
+INSTRUCTIONS = 300  # a weight in 8 bits, of the light optimizers' kernel compiled for sm_90
+ISSUED = 132 * 128 * 1.7e9  # an H100's, a second: cores' lanes x clock
 PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
 
 
@@ -168,17 +170,24 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
                 optimizer.step(1e-6, 1.0)  # the first makes moments
         with inside() as count:
             if meta:
-                update_on_meta(optimizer)
+                update_on_meta(optimizer, one_pass=True)
             else:
                 _ = tally.drift, tally.is_finite()  # before a step's first update
                 optimizer.step(1e-6, 1.0)
         yield f"optimizer, {name}", count
+        if meta and optimizer.light is not None:
+            with inside() as count:
+                update_on_meta(optimizer, one_pass=False)
+            yield f"optimizer, {name}, operation by operation", count
 
 
-def update_on_meta(optimizer: Optimizer) -> None:
-    """`Optimizer.step`, which reads a norm, without reading it."""
+def update_on_meta(optimizer: Optimizer, one_pass: bool) -> None:
+    """`Optimizer.step`, which reads a norm, without reading it. one_pass: matrices of a light
+    optimizer are updated by its Triton kernel, which takes the longer of its bytes and its
+    instructions."""
     norm = total_norm(list(optimizer.gradients().values()))
     if optimizer.light is not None:
+        optimizer.light.kernel = count_kernel if one_pass else None
         optimizer.light.step(1e-6, 1, 1.0)
     masters = [m for group in optimizer.adamw.param_groups for m in group["params"]]
     torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
@@ -186,6 +195,14 @@ def update_on_meta(optimizer: Optimizer) -> None:
         Norm.count.operations["_fused_adamw_"] += 2
         Norm.count.take(0, 7 * sum(m.nbytes for m in masters))
     optimizer._write_back()
+
+
+def count_kernel(weight, gradient, moments, *_, **__) -> None:
+    """One launch of grpo/engine/adamw_kernel.py."""
+    Norm.count.operations["adamw_kernel"] += 1
+    size = gradient.nbytes + 2 * sum(t.nbytes for t in [weight, *moments[0], *moments[1]])
+    Norm.count.bytes += size
+    Norm.count.seconds += max(size / BANDWIDTH, weight.numel() * INSTRUCTIONS / ISSUED)
 
 
 # ---- the two tables -----------------------------------------------------------------------------

@@ -15,13 +15,15 @@ float32 masters and moments 12. Not here: vectors, which have float32 masters (o
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
+from grpo.engine.join import prints_here
 from grpo.engine.shard import local_shard
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # PyTorch's
@@ -133,6 +135,11 @@ def zeros_beside(
     return torch.zeros_like(empty, device=device)
 
 
+def seed_of(key: str) -> int:
+    """The seed of SplitMix64, a signed number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+
+
 class Noise:
     """Random bits for rounding the numbers `first` to `first + count - 1` of a tensor.
 
@@ -148,8 +155,8 @@ class Noise:
     def bits(self) -> Tensor:
         """(count,) int64."""
         start, end = self.first + 1, self.first + self.count + 1
-        seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big", signed=True)
-        z = torch.arange(start, end, device=self.device).mul_(-0x61C8864680B583EB).add_(seed)
+        z = torch.arange(start, end, device=self.device).mul_(-0x61C8864680B583EB)
+        z.add_(seed_of(self.key))
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
         return z
@@ -172,8 +179,11 @@ class LightAdamW:
     """AdamW on matrices without float32 masters, with the moments that `optim` names (MOMENTS).
 
     weights: name -> parameter, sharded or not, of two dimensions or more. seed: of the stochastic
-    rounding. device: of the moments; None is the weights' own.
+    rounding. device: of the moments; None is the weights' own. `kernel`: what updates a matrix in
+    one pass, None at first (`one_pass`).
     """
+
+    kernel: Callable | None = None
 
     def __init__(
         self,
@@ -184,6 +194,7 @@ class LightAdamW:
         device: torch.device | None = None,
     ):
         self.weights, self.weight_decay, self.seed = weights, weight_decay, seed
+        self.optim = optim
         kind = MOMENTS[optim]
         self.state = {
             name: [kind(w, math.prod(w.shape[1:]), signed, device) for signed in (True, False)]
@@ -209,6 +220,9 @@ class LightAdamW:
         are updated; None is all.
         """
         for name in self.weights if names is None else names:
+            if self.kernel is not None:
+                self._update_in_one_pass(name, rate, update, scale)
+                continue
             weight = self.weights[name]
             rows, columns = local_shard(weight.detach())[0].flatten(1).shape
             at_once = max(1, NUMBERS // columns)
@@ -233,3 +247,84 @@ class LightAdamW:
         move = mean.div_(1 - BETA1**update).div_(size).clamp_(-LARGEST, LARGEST)
         moved = w[rows].float().mul_(1 - rate * self.weight_decay).sub_(move, alpha=rate)
         w[rows] = noise.rounded(moved, w.dtype)
+
+    def _update_in_one_pass(self, name: str, rate: float, update: int, scale: float) -> None:
+        """`_update` for all rows of this rank's shard of a weight, by `kernel`."""
+        weight = self.weights[name]
+        w, g = (local_shard(t.detach())[0].flatten(1) for t in (weight, weight.grad))
+        self.kernel(
+            w,
+            g.contiguous(),
+            [[local_shard(t)[0] for t in moment.tensors().values()] for moment in self.state[name]],
+            code_tables(w.device),
+            BLOCK,
+            first=local_shard(weight.detach())[1] * w.shape[1],
+            seed=seed_of(f"{self.seed}/{update}/{name}"),
+            scale=scale,
+            kept=1 - rate * self.weight_decay,
+            rate=rate,
+            m_part=1 - BETA1**update,
+            v_part=1 - BETA2**update,
+            BETA1=BETA1,
+            BETA2=BETA2,
+            EPS=EPS,
+            LARGEST=LARGEST,
+        )
+
+
+@functools.cache
+def code_tables(device: torch.device) -> Tensor:
+    """`code_values` and `code_borders` of m and of v, (2, 2, 256) float32."""
+    tables = [
+        (code_values(s, device), F.pad(code_borders(s, device), (0, 1))) for s in (True, False)
+    ]
+    return torch.stack([torch.stack(pair) for pair in tables])
+
+
+def one_pass(light: LightAdamW) -> Callable | None:
+    """The kernel that updates a matrix of `light` in one pass; None if its tensors are not all on
+    one GPU, or the kernel does not do there what a CPU does (a line says why)."""
+    weights = list(light.weights.values())
+    tensors = [local_shard(t.detach())[0] for t in [*weights, *light.tensors().values()]]
+    if {t.device.type for t in tensors} != {"cuda"}:
+        return None
+    return _checked(light.optim, weights[0].dtype, tensors[0].device)
+
+
+@functools.cache
+def _checked(optim: str, dtype: torch.dtype, device: torch.device) -> Callable | None:
+    try:
+        from grpo.engine import adamw_kernel  # Triton may be missing
+
+        apart = disagreement(adamw_kernel.update, optim, dtype, device)
+        if apart <= 1e-2:  # a root that is rounded otherwise changes a code now and then
+            return adamw_kernel.update
+        why = f"{apart:.1%} of the numbers differ from those of the CPU"
+    except Exception as error:  # of Triton, of its compiler or of the driver
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    if prints_here():
+        tqdm.write(
+            f"note: --optim {optim} updates operation by operation, which is slower than in one "
+            f"pass: the Triton kernel for that does not work here ({why})"
+        )
+    return None
+
+
+def disagreement(kernel: Callable, optim: str, dtype: torch.dtype, device: torch.device) -> float:
+    """The share of numbers, weights and moments, in which two updates of small matrices by the
+    kernel on `device` differ from those of the CPU, operation by operation."""
+    differ = []
+    for columns in (512, 300):  # whole blocks, and one with rest
+        generator, found = torch.Generator().manual_seed(0), []
+        start, gradient = torch.randn(2, 9, columns, generator=generator).to(dtype)
+        for place, update in ((torch.device("cpu"), None), (device, kernel)):
+            weight = nn.Parameter(start.to(place, copy=True))
+            light = LightAdamW({"w": weight}, optim, 0.1, seed=0)
+            light.kernel = update
+            for number in (1, 2):
+                weight.grad = gradient.to(place)
+                light.step(1e-3, number, 0.5)
+            moments = [moment.load(slice(0, 9), place) for moment in light.state["w"]]
+            found.append([t.detach().cpu().double() for t in (weight, *moments)])
+        differ += [~one.isclose(two, rtol=1e-6, atol=0) for one, two in zip(*found, strict=True)]
+    return torch.cat([t.flatten() for t in differ]).double().mean().item()

@@ -317,6 +317,7 @@ class Estimate:
     # ---- optimizer and files ---------------------------------------------------------------------
 
     def optimizer(self) -> dict[str, float]:
+        # what one kernel does without; but whether that works is known on the device only
         rows = 36 * min(NUMBERS, self.head / self.share)  # that a light optimizer works on at once
         return {"gradients": self.gradients, "rows": rows if self.light else 0}
 
