@@ -77,14 +77,15 @@ def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
 
 @fused
 def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)
 
 
 @fused
 def quick_gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
     """x's gradient, in autograd's order."""
-    share = torch.sigmoid(1.702 * x)
-    return grad * share + torch.ops.aten.sigmoid_backward(grad * x, share) * 1.702
+    share = (1.702 * x).sigmoid_()
+    of_share = torch.ops.aten.sigmoid_backward(grad * x, share).mul_(1.702)
+    return of_share.add_(share.mul_(grad))
 
 
 class QuickGELU(torch.autograd.Function):
