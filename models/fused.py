@@ -23,7 +23,7 @@ class Fused:
     """A function of tensors, its first argument one, and a faster form of it for a GPU.
 
     The function works on each row of its arguments by itself; what is no tensor of as many rows as
-    the first belongs to all rows. It returns tensors, or writes into its arguments.
+    the first belongs to all rows. It returns tensors, or writes into contiguous arguments.
 
     make_faster: function -> its faster form, by default torch.compile's for any sizes. It is tried
     on the first rows of the first arguments of each kind. If it raises or its numbers differ by
@@ -78,7 +78,8 @@ def run(form: Callable, args: Sequence) -> list[Tensor]:
     """What it returns for the first rows, and makes of its arguments, copies of them."""
     rows = len(args[0])
     copies = [x[:ROWS] if isinstance(x, Tensor) and len(x) == rows else x for x in args]
-    copies = [x.clone() if isinstance(x, Tensor) else x for x in copies]
+    # a view of other strides would become another kind
+    copies = [x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for x in copies]
     return [x for x in tree_leaves((form(*copies), copies)) if isinstance(x, Tensor)]
 
 
