@@ -8,7 +8,7 @@ writes a torch.autograd.Function whose two passes are such functions (models/lay
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,82 +16,107 @@ from torch.utils._pytree import tree_leaves
 
 DEVICES = {"cuda"}  # kinds of devices for which a faster form pays
 LEAST = 2**20  # numbers; with fewer, launches take longer than memory does
-ROWS = 64  # on which a faster form is tried
+ROWS = 64  # whose results are compared
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type in DEVICES
+
+
+def pays(x: Tensor) -> bool:
+    """Whether it is large, and on a device for which a faster form pays."""
+    return on_gpu(x) and x.numel() >= LEAST
 
 
 class Fused:
-    """A function of tensors, its first argument one, and a faster form of it for a GPU.
+    """A function of tensors, its first argument one, that torch.compile makes one kernel of.
 
-    The function works on each row of its arguments by itself; what is no tensor of as many rows as
-    the first belongs to all rows. It returns tensors, or writes into contiguous arguments.
+    The function changes none of its arguments and works on each of their rows by itself; what is
+    no tensor of as many rows as the first belongs to all rows.
 
-    make_faster: function -> its faster form, by default torch.compile's for any sizes. It is tried
-    on the first rows of the first arguments of each kind. If it raises or its numbers differ by
-    more than rounding, a line on stderr says so, and from then on the function itself is called:
-    ranks that do and do not have the faster form differ by rounding.
+    What is compiled serves any sizes. On the first arguments of a kind (dtypes, contiguous or not)
+    the first rows of its result are compared with the function's. If compiling fails, or numbers
+    differ by more than rounding, a line on stderr says so, and from then on the function itself is
+    called: ranks that do and that do not have the compiled form differ by rounding.
     """
 
-    def __init__(self, function: Callable, make_faster: Callable[[Callable], Callable]):
+    def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
-        self.function, self.make_faster = function, make_faster
-        self.forms: dict[tuple, Callable] = {}  # by the kind of the arguments
+        self.function, self.compiled = function, None
+        self.agreed: set[tuple] = set()  # kinds of arguments
 
     def __call__(self, *args):
-        if args[0].device.type not in DEVICES or args[0].numel() < LEAST:
+        if self.compiled is self.function or not pays(args[0]):
             return self.function(*args)
         args = [x.detach() if isinstance(x, Tensor) else x for x in args]
         kind = tuple(map(kind_of, args))
-        if kind not in self.forms:
-            self.forms[kind] = self.choose(args)
-        return self.forms[kind](*args)
-
-    def choose(self, args: Sequence) -> Callable:
-        """The faster form if it agrees for arguments of this kind, else the function."""
-        if self.function in self.forms.values():
-            return self.function  # said once
+        if kind in self.agreed:
+            return self.compiled(*args)
         try:
-            faster = self.make_faster(self.function)
-            why = difference(*(run(form, args) for form in (self.function, faster)))
+            return self.compare(args, kind)
         except Exception as error:  # whatever a compiler may do: training goes on
-            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        if why is None:
-            return faster
-        print(f"{self.__name__} runs uncompiled, which is slower: {why}", file=sys.stderr)
-        return self.function
+            tell(f"{self.__name__} is not compiled, which is slower", error)
+            self.compiled = self.function
+            return self.function(*args)
+
+    def compare(self, args: list, kind: tuple):
+        """The compiled form's result. Raises ValueError if it is not the function's."""
+        if self.compiled is None:
+            # one process: what is compiled is small, and each rank would start a pool of compilers
+            one = {"compile_threads": 1}
+            self.compiled = torch.compile(self.function, dynamic=True, options=one)
+        result, rows = self.compiled(*args), len(args[0])
+        first = [x[:ROWS] if isinstance(x, Tensor) and len(x) == rows else x for x in args]
+        pairs = zip(tree_leaves(result), tree_leaves(self.function(*first)), strict=True)
+        for found, expected in pairs:
+            if isinstance(expected, Tensor):
+                check_close(found[:ROWS], expected)
+        self.agreed.add(kind)
+        return result
 
 
-def compiled(function: Callable) -> Callable:
-    # one process: what is compiled is small, and a pool of compilers is started for each rank
-    return torch.compile(function, dynamic=True, options={"compile_threads": 1})
+fused = Fused  # the decorator
 
 
-def fused(function: Callable) -> Fused:
-    return Fused(function, compiled)
+def tell(what: str, error: Exception) -> None:
+    why = (str(error).splitlines() or [""])[0][:200]
+    print(f"{what}: {type(error).__name__}: {why}", file=sys.stderr, flush=True)
 
 
 def kind_of(x):
-    """What a compiled form is specialized to."""
     return (x.dtype, x.dim(), x.is_contiguous()) if isinstance(x, Tensor) else x
 
 
-def run(form: Callable, args: Sequence) -> list[Tensor]:
-    """What it returns for the first rows, and makes of its arguments, copies of them."""
-    rows = len(args[0])
-    copies = [x[:ROWS] if isinstance(x, Tensor) and len(x) == rows else x for x in args]
-    # a view of other strides would become another kind
-    copies = [x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for x in copies]
-    return [x for x in tree_leaves((form(*copies), copies)) if isinstance(x, Tensor)]
+def check_close(found: Tensor, expected: Tensor) -> None:
+    """Raises ValueError if they differ by more than rounding."""
+    same = found.dtype == expected.dtype and found.shape == expected.shape
+    most = float(expected.nan_to_num(0, 0, 0).abs().max()) if expected.numel() else 0.0
+    share = max(4 * torch.finfo(expected.dtype).eps, 1e-5)  # sums of many numbers
+    close = {"rtol": share, "atol": share * most, "equal_nan": True}
+    if not same or not torch.allclose(found, expected, **close):
+        raise ValueError(f"its numbers are others; the largest should be {most:.3g}")
 
 
-def difference(expected: list[Tensor], found: list[Tensor]) -> str | None:
-    """What is wrong with the second: nothing, or how it differs by more than rounding."""
-    for right, x in zip(expected, found, strict=True):
-        if (x.shape, x.dtype) != (right.shape, right.dtype):
-            return f"{x.dtype} {tuple(x.shape)} and not {right.dtype} {tuple(right.shape)}"
-        share = 16 * torch.finfo(x.dtype).eps if x.is_floating_point() else 0
-        wide, right = x.double(), right.double()
-        most = right.nan_to_num(0, 0, 0).abs().max() if x.numel() else 0
-        if not torch.allclose(wide, right, rtol=share, atol=share * float(most), equal_nan=True):
-            worst = float((wide - right).abs().max())
-            return f"its compiled form differs by {worst:.2g} where {float(most):.2g} is largest"
-    return None
+def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (V, D) -= left (V, C) @ right (C, D); total in float32, the others in bf16.
+
+    On a GPU cuBLAS subtracts as it multiplies: the product is neither rounded nor written.
+    """
+    if pays(total) and multiplies_into_float32(total.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=-1, out=total)
+    else:
+        total.sub_(left @ right)
+
+
+@functools.cache
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether this PyTorch can, on this device; a line on stderr says if not."""
+    total = torch.ones(64, 64, device=device)
+    ones = torch.ones_like(total, dtype=torch.bfloat16)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=total.dtype, alpha=-1, out=total)
+        check_close(total, torch.full_like(total, -63.0))
+    except Exception as error:
+        tell("the head's gradient takes another pass over memory", error)
+        return False
+    return True
