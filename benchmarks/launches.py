@@ -28,7 +28,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm  # noqa: E402
+from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm, count_fused  # noqa: E402
 from benchmarks.memory import SIZES, published  # noqa: E402
 from grpo.engine.optimizer import Optimizer, total_norm  # noqa: E402
 from grpo.flags.config import TrainingConfig  # noqa: E402
@@ -232,10 +232,12 @@ def counted(family: str) -> dict:
 def predict(name: str, per_token: int, limit: int) -> dict:
     """Seconds of each phase on one H100, by what is counted at the published shapes."""
     config = parse_config(published(name), name)
-    rows = {}
+    rows, passes = {}, {}
     F.rms_norm = lambda x, shape, weight, eps: Norm.apply(x, weight)
+    count_fused()
     for phase, count in phases(config, "meta", 256, COMPLETION, limit):
         rows[phase] = (count.flops, count.bytes, count.launches, count.seconds)
+        passes[phase] = f"{phase} {count.elementwise / 1e9:.0f}"
         if phase == "prefill":
             rows |= decoding(config, per_token)
     print(
@@ -253,6 +255,7 @@ def predict(name: str, per_token: int, limit: int) -> dict:
         ms = [f"{1e3 * x:.0f}" for x in (*times.values(), busy, predicted)]
         cells = [f"{flops / 1e12:.1f}", f"{size / 1e9:.0f}", f"{launches:,}", *ms]
         print(f"| {phase} | " + " | ".join(cells) + f" | {max(times, key=times.get)} |")
+    print("GB by operations without products of matrices: " + "; ".join(passes.values()))
     every = {phase: row["predicted_s"] for phase, row in rows.items()}
     for how in ("eager", "in a captured graph"):
         for optim in OPTIMIZERS:

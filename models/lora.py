@@ -21,6 +21,7 @@ from data import files
 from data.errors import UserError, shown
 from models.folder import refuse_not_finite
 from models.four_bit import FourBitLinear
+from models.fused import pays
 from models.names import module_name, parameter_name
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -93,6 +94,8 @@ class LoRALinear(nn.Linear):
         if not self.adapted:
             return out
         # in place: neither product is kept for the backward pass
+        if pays(out) and out.dim() == 2:  # nor written: cuBLAS adds as it multiplies
+            return out.addmm_(F.linear(x, self.lora_A), self.lora_B.T, alpha=self.scale)
         return out.add_(F.linear(F.linear(x, self.lora_A), self.lora_B).mul_(self.scale))
 
     def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from data.errors import UserError
 from models.attention import Attention
@@ -15,6 +16,7 @@ from models.config import (
     shared_fields,
     shared_vision_fields,
 )
+from models.fused import fused
 from models.vision import PatchMerger, Tower, VisionBlock
 
 MODEL_TYPE = "qwen2_vl"
@@ -73,6 +75,33 @@ def mixer(config: QwenVLConfig, index: int) -> type[Attention]:
     return Attention
 
 
+@fused
+def quick_gelu(x: Tensor) -> Tensor:
+    return (1.702 * x).sigmoid_().mul_(x)
+
+
+@fused
+def quick_gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """x's gradient, in autograd's order."""
+    share = (1.702 * x).sigmoid_()
+    of_share = torch.ops.aten.sigmoid_backward(grad * x, share).mul_(1.702)
+    return of_share.add_(share.mul_(grad))
+
+
+class QuickGELU(torch.autograd.Function):
+    """x sigmoid(1.702 x), which keeps x alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return quick_gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return quick_gelu_backward(*ctx.saved_tensors, grad)
+
+
 class QuickGELUMLP(nn.Module):
     """Feed-forward, (patches, embed_dim) -> the same."""
 
@@ -82,8 +111,7 @@ class QuickGELUMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(QuickGELU.apply(self.fc1(x)))
 
 
 class VisionTower(Tower):

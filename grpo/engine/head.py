@@ -30,9 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.fused import fused, on_gpu, subtract_product
 from models.layers import at_least_float32
 
-MAX_LOGITS = 2**25  # logits that exist at once: 128 MB in float32; on a GPU twice as many
+MAX_LOGITS = 2**25  # logits that exist at once: 128 MB in float32
+MAX_LOGITS_GPU = 3 * MAX_LOGITS  # twice 192 MB in bfloat16; float32 ones are not kept
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -75,7 +77,8 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 h, t, g = hidden[part], targets[part], grad[part]
-                _, softmax = _softmax(h, weight, t, temperature, suppressed, buffers)
+                wide = grad_entropy is not None
+                _, softmax = _softmax(h, weight, t, temperature, suppressed, buffers, wide=wide)
                 if grad_entropy is not None:
                     softmax = _with_entropy(softmax, g, grad_entropy[part], buffers)
                     parts.append(_slope(weight, t, softmax) / temperature)
@@ -101,7 +104,7 @@ class _ChunkLogps(torch.autograd.Function):
         entropy = _entropy(hidden, logps, slope, temperature)
         # Saved as tensors, so that torch raises if the next chunk has overwritten the buffers.
         ctx.save_for_backward(hidden, weight, targets, slope, *softmax)
-        ctx.settings = temperature, buffers, grad_weight
+        ctx.settings = temperature, suppressed, buffers, grad_weight
         ctx.set_materialize_grads(False)
         return logps, entropy
 
@@ -109,10 +112,13 @@ class _ChunkLogps(torch.autograd.Function):
     def backward(ctx, grad, grad_entropy):
         hidden, weight, targets, slope, others, rest, total = ctx.saved_tensors
         softmax = _Softmax(others, rest, total)
-        temperature, buffers, grad_weight = ctx.settings
-        ctx.settings = temperature, None, None  # a loss that someone keeps must not keep buffers
+        temperature, suppressed, buffers, grad_weight = ctx.settings
+        ctx.settings = temperature, None, None, None  # a kept loss must not keep buffers
         grad = torch.zeros_like(slope[:, 0]) if grad is None else grad
         if grad_entropy is not None:
+            if not buffers.keeps_logits:  # formed again, which costs a product
+                again = hidden, weight, targets, temperature, suppressed, buffers
+                _, softmax = _softmax(*again, wide=True)
             softmax = _with_entropy(softmax, grad, grad_entropy, buffers)
             slope, grad = _slope(weight, targets, softmax), torch.ones_like(grad)
         grad = grad / temperature
@@ -125,15 +131,20 @@ class _Buffers:
     """Memory that all chunks use in turn, (chunk, V) each: allocating it for each chunk would take
     as long as the arithmetic.
 
-    logits: float32 or wider. products: in the weight's dtype; the same memory if that is wide
-    enough. second: like logits, allocated when first needed.
+    products: in the weight's dtype. logits: float32 or wider, the same memory if the weight's dtype
+    is. second: like logits. A GPU uses logits and second for a gradient of the entropy alone; they
+    are allocated when first needed.
     """
 
     def __init__(self, weight: Tensor, chunk: int):
         self.products = weight.new_empty(chunk, len(weight))
-        wide = at_least_float32(weight.dtype)
-        same = weight.dtype == wide
-        self.logits = self.products if same else torch.empty_like(self.products, dtype=wide)
+        self.wide = at_least_float32(weight.dtype)
+        self.keeps_logits = weight.dtype == self.wide or not on_gpu(weight)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        same = self.products.dtype == self.wide
+        return self.products if same else torch.empty_like(self.products, dtype=self.wide)
 
     @functools.cached_property
     def second(self) -> Tensor:
@@ -160,26 +171,55 @@ def _softmax(
     suppressed: Tensor | None,
     buffers: _Buffers,
     for_products: bool = True,
+    wide: bool = False,
 ) -> tuple[Tensor, _Softmax]:
     """Log-probs of the targets, (C,) nats, and the softmax, which is in `buffers`.
 
-    for_products: `others` is wanted in the weight's dtype.
+    for_products: `others` is wanted in the weight's dtype. wide: it is also wanted in
+    `buffers.logits`, where it may be in any case.
     """
-    logits, products = buffers.logits[: len(hidden)], buffers.products[: len(hidden)]
-    scaled = torch.mm(hidden, weight.T, out=products)
+    products = torch.mm(hidden, weight.T, out=buffers.products[: len(hidden)])
+    if suppressed is not None:
+        products.index_fill_(1, suppressed, float("-inf"))
+    at = targets[:, None]
+    aimed = products.gather(1, at).to(buffers.wide)
+    if temperature != 1.0:
+        aimed.div_(temperature)
+    products.scatter_(1, at, float("-inf"))
+    if wide or buffers.keeps_logits:
+        others = buffers.logits[: len(hidden)]
+        largest, rest, _ = _exponentials.function(products, aimed, temperature, None, others)
+        if for_products and products.dtype != others.dtype:
+            others = products.copy_(others)
+    else:
+        dtype = products.dtype if for_products else None
+        largest, rest, others = _exponentials(products, aimed, temperature, dtype)
+    shifted = (aimed - largest).squeeze(1)
+    target = shifted.exp()
+    total = rest + target
+    return shifted - total.log(), _Softmax(others, total - target, total)
+
+
+@fused
+def _exponentials(
+    products: Tensor,
+    aimed: Tensor,
+    temperature: float,
+    dtype: torch.dtype | None,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each row of products / temperature, (C, V), and `aimed`, (C, 1): the largest, (C, 1); the
+    sum of exp(product / temperature - largest), (C,); these, (C, V) in `dtype`, if one is given.
+
+    They are computed in `logits` if it is given.
+    """
+    logits = torch.empty_like(products, dtype=aimed.dtype) if logits is None else logits
+    scaled = products
     if temperature != 1.0:
         scaled = logits.copy_(products).div_(temperature)
-    if suppressed is not None:
-        scaled.index_fill_(1, suppressed, float("-inf"))
-    torch.sub(scaled, scaled.amax(1, keepdim=True).to(logits.dtype), out=logits)
-    shifted = logits.gather(1, targets[:, None])
-    others = logits.exp_().scatter_(1, targets[:, None], 0.0)
-    shifted = shifted.squeeze(1)
-    target = shifted.exp()
-    total = others.sum(1) + target
-    if for_products and products.dtype != others.dtype:
-        others = products.copy_(others)
-    return shifted - total.log(), _Softmax(others, total - target, total)
+    largest = torch.maximum(scaled.amax(1, keepdim=True).to(aimed.dtype), aimed)
+    torch.sub(scaled, largest, out=logits).exp_()
+    return largest, logits.sum(1), None if dtype is None else logits.to(dtype)
 
 
 def _slope(weight: Tensor, targets: Tensor, softmax: _Softmax) -> Tensor:
@@ -223,17 +263,17 @@ def _add_grad_weight(
     if hidden.dtype == total.dtype:
         grad_weight.addmm_(others.T, scaled, alpha=-1)
     else:
-        grad_weight -= others.T @ scaled.to(hidden.dtype)
+        subtract_product(grad_weight, others.T, scaled.to(hidden.dtype))
     grad_weight.index_add_(0, targets, scaled * rest[:, None])
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
-    """How many tokens a chunk has: `MAX_LOGITS` logits, but at least 64 tokens and at most 1024.
+    """How many tokens a chunk has: as many as `MAX_LOGITS` allows, at least 64 and at most 1024.
 
     Each chunk reads the head twice and adds to its float32 gradient once. Products are so fast on a
-    GPU that this would take a large part of the time: there chunks are twice as large.
+    GPU that this would take a large part of the time: there chunks are three times as large.
     """
-    most = MAX_LOGITS if device == "cpu" else 2 * MAX_LOGITS
+    most = MAX_LOGITS if device == "cpu" else MAX_LOGITS_GPU
     return min(1024, max(64, most // vocabulary))
 
 

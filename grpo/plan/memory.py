@@ -274,15 +274,17 @@ class Estimate:
         return min(chunk_tokens(self.model.vocab_size, self.facts.device), read_of(pack))
 
     def logits(self, pack: Rows) -> int:
-        """In float32, beside a copy in bf16."""
-        return self.chunk(pack) * self.model.vocab_size * (4 if self.size == 4 else 6)
+        """In float32, on a CPU beside a copy in bf16; on a GPU twice in bf16."""
+        return self.chunk(pack) * self.model.vocab_size * (6 if self.size == 2 and self.cpu else 4)
 
     @property
     def losses(self) -> int:
         """What a loss needs beside the logits: one of whole completions the slopes of all tokens of
-        a pack; a gradient of the entropy a buffer of a chunk, or with both the gradients too."""
+        a pack; a gradient of the entropy a buffer of a chunk (in bf16 on a GPU also the logits in
+        float32), or with both the gradients too."""
         more = 4 if self.config.entropy_coef else 0
-        held = self.chunk(self.pack) * self.model.vocab_size * more
+        buffers = more if self.size == 4 or self.cpu else 2 * more
+        held = self.chunk(self.pack) * self.model.vocab_size * buffers
         if self.config.importance_sampling_level != "token":
             held += read_of(self.pack) * self.model.hidden_size * (4 + more)
         return held
