@@ -28,7 +28,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm  # noqa: E402
+from benchmarks.dispatch import BANDWIDTH, FLOPS, LAUNCH, Count, Norm  # noqa: E402
 from benchmarks.memory import SIZES, published  # noqa: E402
 from grpo.engine.optimizer import Optimizer, total_norm  # noqa: E402
 from grpo.flags.config import TrainingConfig  # noqa: E402
@@ -55,7 +55,6 @@ FAMILIES = {
     "qwen3_5": "Qwen3.5 2B",
 }
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
-LAUNCH = 5e-6  # seconds
 PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
 
 
