@@ -13,7 +13,6 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOPS, BANDWIDTH = 800e12, 3.0e12  # of an H100, bfloat16: a second, bytes a second
-LAUNCH = 5e-6  # seconds
 COPIES = {"_to_copy", "copy_", "clone"}
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_"}
 NO_KERNEL |= {"record_stream", "is_pinned", "set_", "lift_fresh", "detach", "alias", "pin_memory"}
