@@ -190,7 +190,8 @@ def update_on_meta(optimizer: Optimizer) -> None:
     if optimizer.light is not None:
         optimizer.light.step(1e-6, 1, 1.0)
     masters = [m for group in optimizer.adamw.param_groups for m in group["params"]]
-    torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
+    if masters:
+        torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
     if Norm.count is not None:  # fused AdamW: reads four numbers and writes three
         Norm.count.operations["_fused_adamw_"] += 2
         Norm.count.take(0, 7 * sum(m.nbytes for m in masters))
@@ -284,7 +285,7 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
 
 
 def main() -> None:
-    global PROMPTS, TEXT, IMAGE, ADAPTERS
+    global PROMPTS, COMPLETION, TEXT, IMAGE, ADAPTERS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
@@ -293,11 +294,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="of a rollout")
     parser.add_argument("--prompt_tokens", type=int, default=TEXT + IMAGE, help="of --predict")
     parser.add_argument("--image_tokens", type=int, default=IMAGE, help="of them, of --predict")
+    parser.add_argument("--completion", type=int, default=COMPLETION, help="tokens, of --predict")
     parser.add_argument("--lora", action="store_true", help="adapters of rank 16, of --predict")
     parser.add_argument("--peer", action="store_true", help="TRL's step beside it, of --predict")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    PROMPTS, IMAGE = options.prompts, options.image_tokens
+    PROMPTS, COMPLETION = options.prompts, options.completion
+    IMAGE = options.image_tokens
     TEXT = options.prompt_tokens - IMAGE
     ADAPTERS = LoRA(r=16, alpha=32.0) if options.lora else None
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ with them counts as launches too. What is not counted as it runs:
 * AdamW: as fused, two launches that read four numbers a weight and write three, in the weights'
   dtype. With all weights that is bfloat16 without a float32 master (updates smaller than the
   rounding are lost); TRL's default, float32 weights under autocast, moves more.
-* Packing: a micro-batch holds the next power of two of sequences that fills --tokens_per_pack.
+* Micro-batches: one holds the next power of two of sequences that fills --tokens_per_pack.
 * Not in it, as for ours: images, rewards, Python, waits for the device (a token has one or none),
   what one operation launches beside one kernel; and Trainer's own bookkeeping.
 """
@@ -76,7 +76,6 @@ class Work:
 def build(config: QwenVLConfig, adapted: bool) -> nn.Module:
     """transformers' model as TRL would have it after loading, on meta."""
     import transformers
-    from peft import LoraConfig, get_peft_model
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
     from trl.trainer.utils import add_fused_lm_head
 
@@ -91,6 +90,8 @@ def build(config: QwenVLConfig, adapted: bool) -> nn.Module:
     model.generation_config.pad_token_id = PAD
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     if adapted:
+        from peft import LoraConfig, get_peft_model
+
         settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=ADAPTED)
         with torch.device("meta"):
             model = get_peft_model(model, settings, autocast_adapter_dtype=False)
@@ -284,8 +285,8 @@ OURS = {
 
 def beside(name: str, ours: dict, theirs: dict[str, tuple], launch: float) -> dict:
     """Prints both steps, phase by phase, and returns TRL's. ours: `predict`'s rows; theirs:
-    `step`'s; launch: seconds. The vision tower counts as once a step in TRL's generation: what
-    scoring and training run of it is in those phases."""
+    `step`'s; launch: seconds. The line of the vision tower is that of generation: what scoring and
+    training run of it is in their lines."""
     keys = ("flops", "bytes", "launches", "predicted_s")
     rows, total = {}, {"ours": (0,) * 4, "TRL": (0,) * 4}
     print(f"\n{name}, beside TRL\n\n| phase | TFLOP | GB | launches | ms ", end="")
