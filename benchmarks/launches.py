@@ -59,7 +59,8 @@ FAMILIES = {
 }
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 LAUNCH = 5e-6  # seconds
-PROMPTS, GROUP, COMPLETION, TEXT, IMAGE = 8, 8, 256, 44, 256
+PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
+IMAGE = 256  # tokens
 ADAPTERS: LoRA | None = None  # on the decoder's layers, with all else frozen
 
 
