@@ -11,7 +11,8 @@ more tokens x 8 completions of 256 tokens, with gradient checkpointing. Each ope
 larger of two times: its multiplications at 800 TFLOP/s (those in float32, as Qwen3.5's delta rule
 has, are slower), and what it reads and writes at 3.0 TB/s. A phase takes the sum of these, but at
 least 5 microseconds a launch. Decoding is a formula. What one operation launches beside one kernel
-(a sort, say) is not counted.
+(a sort, say) is not counted. --peer counts TRL's step of the same work beside it
+(benchmarks/peer_work.py).
 """
 
 import argparse
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.dispatch import BANDWIDTH, FLOPS, Count, Norm, count_fused  # noqa: E402
 from benchmarks.memory import SIZES, published  # noqa: E402
+from benchmarks.peer_work import Work, beside, step  # noqa: E402
 from grpo.engine.optimizer import Optimizer, total_norm  # noqa: E402
 from grpo.flags.config import TrainingConfig  # noqa: E402
 from grpo.logps import pack_chunks, pack_logps  # noqa: E402
@@ -44,9 +46,10 @@ from models.decoding.storage import allocate, cast  # noqa: E402
 from models.delta_net import WINDOW, DeltaState, GatedDeltaNet  # noqa: E402
 from models.families import mixers_of, parse_config  # noqa: E402
 from models.flops import Flops, Pass  # noqa: E402
+from models.lora import LoRA, without_adapters  # noqa: E402
 from models.mixer import Layout  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
-from models.qwen_vl import QwenVL, image_features  # noqa: E402
+from models.qwen_vl import QwenVL, image_features, with_image_features  # noqa: E402
 
 FAMILIES = {
     "qwen2_vl": "Qwen2-VL 2B",
@@ -59,6 +62,8 @@ LAUNCH = 5e-6  # seconds
 INSTRUCTIONS = 300  # a weight in 8 bits, of the light optimizers' kernel compiled for sm_90
 ISSUED = 132 * 128 * 1.7e9  # an H100's, a second: cores' lanes x clock
 PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
+IMAGE = 256  # tokens
+ADAPTERS: LoRA | None = None  # on the decoder's layers, with all else frozen
 
 
 # ---- the work of a step -------------------------------------------------------------------------
@@ -91,6 +96,8 @@ def build(config: QwenVLConfig, device: str) -> QwenVL:
         model = QwenVL(config, "flash_attention_2")
     if device == "meta":
         model = cast(model, torch.bfloat16)
+        if ADAPTERS is not None:
+            model.adapt(ADAPTERS)
     else:
         model = allocate(model, torch.bfloat16, device).initialize()
     model.suppressed_ids = torch.tensor([1], device=device)
@@ -137,6 +144,9 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
     ones = torch.ones(len(groups), GROUP)
     for group, line in zip(groups, ones, strict=True):
         group.advantages = group.weights = line
+    if ADAPTERS is not None:  # the tower is frozen, and its features are kept for all passes
+        for group in groups:
+            (group.prompt,) = with_image_features(model, [group.prompt])
     packs = make_packs(groups, limit)
     tokens, lengths = len(packs[0].targets), [len(prompt) for prompt in prompts]
     ids = torch.cat([prompt.input_ids for prompt in prompts]).to(device)
@@ -155,7 +165,7 @@ def phases(config: QwenVLConfig, device: str, image_tokens: int, completion: int
             cache.expect(0, lengths)
             model(ids, positions, bounds, features, cache, last)
         yield "prefill", count
-        with inside() as count:
+        with inside() as count, without_adapters(model):
             for pack in packs:
                 pack.ref_logps = pack_logps(model, pack, 1.0, None if meta else tokens)
         yield "reference", count
@@ -190,7 +200,8 @@ def update_on_meta(optimizer: Optimizer, one_pass: bool) -> None:
         optimizer.light.kernel = count_kernel if one_pass else None
         optimizer.light.step(1e-6, 1, 1.0)
     masters = [m for group in optimizer.adamw.param_groups for m in group["params"]]
-    torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
+    if masters:
+        torch._foreach_mul_([m.grad for m in masters], norm)  # as clipping does
     if Norm.count is not None:  # fused AdamW: reads four numbers and writes three
         Norm.count.operations["_fused_adamw_"] += 2
         Norm.count.take(0, 7 * sum(m.nbytes for m in masters))
@@ -235,7 +246,7 @@ def predict(name: str, per_token: int, limit: int) -> dict:
     rows, passes = {}, {}
     F.rms_norm = lambda x, shape, weight, eps: Norm.apply(x, weight)
     count_fused()
-    for phase, count in phases(config, "meta", 256, COMPLETION, limit):
+    for phase, count in phases(config, "meta", IMAGE, COMPLETION, limit):
         rows[phase] = (count.flops, count.bytes, count.launches, count.seconds)
         passes[phase] = f"{phase} {count.elementwise / 1e9:.0f}"
         if phase == "prefill":
@@ -274,10 +285,12 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
     and written, twice each (models/delta_net.py)."""
     with torch.device("meta"):
         model = QwenVL(config)
+    if ADAPTERS is not None:
+        model.adapt(ADAPTERS)
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.head_weight.numel()
     kinds = Counter(mixers_of(config))
     kv = 4 * kinds[Attention] * config.num_key_value_heads * config.head_dim
-    samples, prompt, steps = PROMPTS * GROUP, TEXT + 256, COMPLETION - 1
+    samples, prompt, steps = PROMPTS * GROUP, TEXT + IMAGE, COMPLETION - 1
     keys = kv * (PROMPTS * prompt + samples * COMPLETION / 2)
     size = steps * (2 * weights + keys + 5 * 4 * samples * config.vocab_size)
     count, rows = Flops(model), ((prompt, *[steps] * GROUP),) * PROMPTS
@@ -293,20 +306,32 @@ def decoding(config: QwenVLConfig, per_token: int) -> dict[str, tuple]:
 
 
 def main() -> None:
-    global PROMPTS
+    global PROMPTS, COMPLETION, TEXT, IMAGE, ADAPTERS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--predict", nargs="+", choices=SIZES, metavar="MODEL")
     parser.add_argument("--decode_launches", type=int, default=500, help="a token, not captured")
     parser.add_argument("--tokens_per_pack", type=int, default=16384, help="of --predict")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="of a rollout")
+    parser.add_argument("--prompt_tokens", type=int, default=TEXT + IMAGE, help="of --predict")
+    parser.add_argument("--image_tokens", type=int, default=IMAGE, help="of them, of --predict")
+    parser.add_argument("--completion", type=int, default=COMPLETION, help="tokens, of --predict")
+    parser.add_argument("--lora", action="store_true", help="adapters of rank 16, of --predict")
+    parser.add_argument("--peer", action="store_true", help="TRL's step beside it, of --predict")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    PROMPTS = options.prompts
+    PROMPTS, COMPLETION = options.prompts, options.completion
+    IMAGE = options.image_tokens
+    TEXT = options.prompt_tokens - IMAGE
+    ADAPTERS = LoRA(r=16, alpha=32.0) if options.lora else None
     torch.manual_seed(0)
     if options.predict:
         numbers = options.decode_launches, options.tokens_per_pack
         found = {name: predict(name, *numbers) for name in options.predict}
+        for name in options.predict if options.peer else ():
+            work = Work(PROMPTS, GROUP, TEXT, IMAGE, COMPLETION, options.tokens_per_pack)
+            config = parse_config(published(name), name)
+            found[name]["TRL"] = beside(name, found[name], step(config, work, options.lora), LAUNCH)
     elif not hasattr(torch, "_rehearsal"):
         sys.exit(
             "launches.py counts on the emulated device that CONTRIBUTING.md describes: run it "
