@@ -46,6 +46,7 @@ from models.decoding.storage import allocate, cast  # noqa: E402
 from models.delta_net import WINDOW, DeltaState, GatedDeltaNet  # noqa: E402
 from models.families import mixers_of, parse_config  # noqa: E402
 from models.flops import Flops, Pass  # noqa: E402
+from models.four_bit import use_four_bits  # noqa: E402
 from models.lora import LoRA, without_adapters  # noqa: E402
 from models.mixer import Layout  # noqa: E402
 from models.prompt import Prompt, mrope_position_ids  # noqa: E402
@@ -64,6 +65,7 @@ ISSUED = 132 * 128 * 1.7e9  # an H100's, a second: cores' lanes x clock
 PROMPTS, GROUP, COMPLETION, TEXT = 8, 8, 256, 44
 IMAGE = 256  # tokens
 ADAPTERS: LoRA | None = None  # on the decoder's layers, with all else frozen
+IN_4_BITS = False  # the decoder's layers; of benchmarks/gpu, which counts how they are unpacked
 
 
 # ---- the work of a step -------------------------------------------------------------------------
@@ -94,6 +96,8 @@ def narrow(name: str) -> dict:
 def build(config: QwenVLConfig, device: str) -> QwenVL:
     with torch.device("meta"):
         model = QwenVL(config, "flash_attention_2")
+        if IN_4_BITS:
+            use_four_bits(model.model.layers)
     if device == "meta":
         model = cast(model, torch.bfloat16)
         if ADAPTERS is not None:

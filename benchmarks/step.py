@@ -108,7 +108,7 @@ def peer(settings: dict) -> dict:
     """TRL's GRPOTrainer on images, its own supported path, without vLLM.
 
     settings may also have "prompts" of a step, the names of the layers that get an adapter, "lora",
-    and whether weights and arithmetic are "bf16".
+    whether weights and arithmetic are "bf16", and more "options" of GRPOConfig.
     """
     import torch
     from datasets import Dataset
@@ -144,31 +144,31 @@ def peer(settings: dict) -> dict:
             lengths.append((logs or {}).get("completions/mean_length"))
 
     bf16, layers = settings.get("bf16", False), settings.get("lora")
-    arguments = GRPOConfig(
-        output_dir=str(Path(settings["folder"]) / f"run-{os.getpid()}"),
-        use_cpu=True,
-        bf16=bf16,
-        beta=BETA,
-        loss_type="grpo",
-        learning_rate=RATE,
+    arguments = {
+        "output_dir": str(Path(settings["folder"]) / f"run-{os.getpid()}"),
+        "use_cpu": True,
+        "bf16": bf16,
+        "beta": BETA,
+        "loss_type": "grpo",
+        "learning_rate": RATE,
         # it counts completions
-        per_device_train_batch_size=settings.get("prompts", PROMPTS) * settings["group"],
-        num_generations=settings["group"],
-        max_completion_length=settings["completion"],
-        max_steps=settings["steps"] + 1,
-        gradient_checkpointing=settings["checkpointing"],
-        generation_kwargs={"suppress_tokens": sorted(set(special))},
-        model_init_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32},
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        temperature=1.0,
-    )
+        "per_device_train_batch_size": settings.get("prompts", PROMPTS) * settings["group"],
+        "num_generations": settings["group"],
+        "max_completion_length": settings["completion"],
+        "max_steps": settings["steps"] + 1,
+        "gradient_checkpointing": settings["checkpointing"],
+        "generation_kwargs": {"suppress_tokens": sorted(set(special))},
+        "model_init_kwargs": {"dtype": torch.bfloat16 if bf16 else torch.float32},
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "temperature": 1.0,
+    }
     trainer = GRPOTrainer(
         model=settings["checkpoint"],
         reward_funcs=rewards,
-        args=arguments,
+        args=GRPOConfig(**arguments | settings.get("options", {})),
         train_dataset=Dataset.from_dict(rows),
         processing_class=processor,
         callbacks=[Clock()],
