@@ -31,7 +31,15 @@ def test_modules_and_flags_that_are_named_exist(page):
         assert (ROOT / path).is_file(), path
     code = "".join(
         path.read_text()
-        for folder in ("grpo/flags", "grpo/report", "data", "demo", "benchmarks", ".")
+        for folder in (
+            "grpo/flags",
+            "grpo/report",
+            "data",
+            "demo",
+            "benchmarks",
+            "benchmarks/gpu",
+            ".",
+        )
         for path in (ROOT / folder).glob("*.py")
     )
     ours = set(re.findall(r"^    (\w+): .*= flag\(", code, flags=re.MULTILINE))

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 
 import train_cls
 from benchmarks import dispatch, launches
-from benchmarks.gpu.shapes import WORK, image_side, make_model, read_processor
+from benchmarks.gpu.shapes import WORK, allow_any_torchvision, image_side, make_model
 from benchmarks.material import PROBLEM
 from grpo.engine.adapters import lora_of
 from grpo.flags.parser import parse_config as parse_flags
 from models.config import QwenVLConfig
 from models.four_bit import BYTES, FourBitLinear, use_four_bits
+from models.processor import Processor
 from models.qwen_vl import QwenVL
 
 
@@ -31,11 +32,12 @@ def predict(settings: dict, report) -> None:
     FourBitLinear.unpacked = unpacked
     F.rms_norm = lambda x, shape, weight, eps: dispatch.Norm.apply(x, weight)
     dispatch.count_fused()
+    allow_any_torchvision()
     for name, case in settings["cases"].items():
         folder = Path(settings["folder"]) / "expected" / name
         folder.mkdir(parents=True, exist_ok=True)
         config = make_model(folder, case["model"], settings["shapes"])
-        processor = read_processor(folder)
+        processor = Processor(folder)
         side = image_side(config, work)
         launches.IMAGE = processor.image_tokens(side, side)
         launches.TEXT = processor.count_tokens(PROBLEM, [(side, side)]) - launches.IMAGE

@@ -19,7 +19,7 @@ import grpo.run.run
 import models.decoding.generate
 import train_cls
 from benchmarks.gpu.card import device, synchronize
-from benchmarks.gpu.shapes import WORK, draw_weights, image_side, make_model, read_processor
+from benchmarks.gpu.shapes import WORK, allow_any_torchvision, draw_weights, image_side, make_model
 from benchmarks.material import PROBLEM, make_images
 from benchmarks.step import endless_and_by_chance
 from grpo.flags.parser import parse_config
@@ -28,6 +28,7 @@ from grpo.plan.sizes import Facts
 from grpo.run import Run
 from models.families import read_config
 from models.packed_attention import choose_implementation
+from models.processor import Processor
 
 USABLE = 0.97  # of a device's memory
 COMMON = "--bf16 true --save_steps 0 --learning_rate 1e-5 --diagnose_after 0 --min_pixels 3136 "
@@ -59,7 +60,8 @@ def steps(settings: dict, report) -> None:
     argv = [*COMMON.split(), *work.flags.split(), *settings["flags"].split()]
     argv += ["--max_steps", str(last), "--output_dir", str(folder / "run")]
     argv += ["--model_name_or_path", str(model), "--dataset_name", str(model / "images")]
-    processor = read_processor(model)
+    allow_any_torchvision()
+    processor = Processor(model)
     tokens = processor.count_tokens(PROBLEM, [(side, side)])
     of_image = processor.image_tokens(side, side)
     report("work", {"prompt": tokens, "image": of_image})
@@ -192,6 +194,7 @@ def rewards(settings: dict, report) -> None:
     seconds of its steps; on as many ranks as there are. settings["script"]: whose demo it is."""
     script, folder = importlib.import_module(settings["script"]), Path(settings["folder"])
     save_nothing()
+    allow_any_torchvision()
     for name, flags in settings["runs"].items():
         output = folder / settings["name"] / name
         argv = ["--eval_samples", "1", "--save_steps", "0", *flags.split()]

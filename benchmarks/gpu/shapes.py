@@ -20,7 +20,6 @@ from demo.published import config_dict
 from models.config import QwenVLConfig
 from models.families import parse_config, published_name
 from models.four_bit import four_bit_layers
-from models.processor import Processor
 from models.qwen_vl import QwenVL
 
 NARROW_ENTRIES = 1016  # of the vocabulary
@@ -106,12 +105,11 @@ def draw_weights(model: QwenVL, folder=None) -> None:
         layer.pack(weight.normal_(0.0, model.config.initializer_range))
 
 
-def read_processor(folder: Path) -> Processor:
-    """The processor of a checkpoint, also beside a torchvision that was built for another torch, as
-    the peer needs one on a CPU."""
+def allow_any_torchvision() -> None:
+    """Lets processors be read beside a torchvision that was built for another torch, as the peer
+    needs one on a CPU."""
     if importlib.util.find_spec("torchvision"):
         stand_in_for_torchvision()
-    return Processor(folder)
 
 
 def image_side(config: QwenVLConfig, work: Work) -> int:
