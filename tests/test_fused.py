@@ -107,6 +107,20 @@ def test_the_compiled_form_is_called_where_it_pays_and_compared_once_a_kind(on_g
     assert calls["itself"] == [fused.ROWS, fused.ROWS, 50]
 
 
+def test_where_other_sizes_cannot_be_compiled_anew_it_runs_as_it_is(on_gpu, monkeypatch, capsys):
+    def once(x, y):
+        if len(x) == 200:  # e.g. beyond what an index of 32 bits reaches
+            raise RuntimeError("no space left on device")
+        return gated.function(x, y)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: once)
+    door = fused.Fused(gated.function)
+    for rows in (100, 200, 300):
+        x, y = torch.randn(rows, 8), torch.randn(rows, 8)
+        assert torch.equal(door(x, y), F.silu(x) * y)
+    assert capsys.readouterr().err.count("gated is not compiled, which is slower") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_torch_compile_makes_one_form_for_all_lengths(on_gpu, capsys):
