@@ -50,10 +50,8 @@ class Fused:
             return self.function(*args)
         args = [x.detach() if isinstance(x, Tensor) else x for x in args]
         kind = tuple(map(kind_of, args))
-        if kind in self.agreed:
-            return self.compiled(*args)
-        try:
-            return self.compare(args, kind)
+        try:  # also where its numbers have agreed: other sizes may be compiled anew
+            return self.compiled(*args) if kind in self.agreed else self.compare(args, kind)
         except Exception as error:  # whatever a compiler may do: training goes on
             tell(f"{self.__name__} is not compiled, which is slower", error)
             self.compiled = self.function
@@ -113,8 +111,8 @@ def multiplies_into_float32(device: torch.device) -> bool:
     """Whether this PyTorch can, on this device; a line on stderr says if not."""
     total = torch.ones(64, 64, device=device)
     ones = torch.ones_like(total, dtype=torch.bfloat16)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=total.dtype, alpha=-1, out=total)
+    try:  # transposed as in the head's gradient
+        torch.addmm(total, ones.T, ones, out_dtype=total.dtype, alpha=-1, out=total)
         check_close(total, torch.full_like(total, -63.0))
     except Exception as error:
         tell("the head's gradient takes another pass over memory", error)

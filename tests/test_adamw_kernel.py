@@ -74,3 +74,37 @@ def test_what_the_kernel_is_told_and_a_wrong_one_is_found_out():
     assert told[0]["kept"] == 0.95 and told[0]["m_part"] == 1 - BETA1
     nothing = disagreement(lambda *_, **__: None, "adamw_8bit", torch.float32, torch.device("cpu"))
     assert nothing > 0.9
+
+
+def updated(weight: torch.Tensor, kernel) -> torch.Tensor:
+    """The weight after two updates."""
+    light = LightAdamW({"w": nn.Parameter(weight)}, "adamw_8bit", 0.1, seed=3)
+    light.kernel = kernel
+    for number in (1, 2):
+        light.weights["w"].grad = weight.detach().cos()
+        light.step(1e-2, number, 0.37)
+    return light.weights["w"].detach()
+
+
+def test_a_kernel_that_fails_on_other_widths_is_given_up_and_the_update_goes_on(capsys):
+    """Triton compiles anew for each kind of width and alignment, of which the door tries two."""
+    weight, calls = torch.randn(4, 300), []
+
+    def kernel(*tensors, **numbers):
+        calls.append(numbers)
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    assert torch.equal(updated(weight.clone(), kernel), updated(weight.clone(), None))
+    assert len(calls) == 1
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("does not work here") == 1
+
+
+def test_a_weight_that_is_not_contiguous_is_updated_without_the_kernel():
+    weight, called = torch.randn(300, 4), []
+
+    def kernel(*tensors, **numbers):
+        called.append(numbers)
+
+    assert torch.equal(updated(weight.clone().T, kernel), updated(weight.clone().T, None))
+    assert not called

@@ -1,5 +1,6 @@
 """models/fused.py: the same numbers as autograd's, whether or not a function is compiled."""
 
+import functools
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from grpo.engine import head
 from grpo.engine.head import _exponentials, token_chunks, token_logps
 from models import fused
 from models.layers import Gated, cos_sin, gated, rotate
@@ -107,6 +109,20 @@ def test_the_compiled_form_is_called_where_it_pays_and_compared_once_a_kind(on_g
     assert calls["itself"] == [fused.ROWS, fused.ROWS, 50]
 
 
+def test_where_other_sizes_cannot_be_compiled_anew_it_runs_as_it_is(on_gpu, monkeypatch, capsys):
+    def once(x, y):
+        if len(x) == 200:  # e.g. beyond what an index of 32 bits reaches
+            raise RuntimeError("no space left on device")
+        return gated.function(x, y)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: once)
+    door = fused.Fused(gated.function)
+    for rows in (100, 200, 300):
+        x, y = torch.randn(rows, 8), torch.randn(rows, 8)
+        assert torch.equal(door(x, y), F.silu(x) * y)
+    assert capsys.readouterr().err.count("gated is not compiled, which is slower") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_torch_compile_makes_one_form_for_all_lengths(on_gpu, capsys):
@@ -163,6 +179,23 @@ def test_the_head_has_the_same_numbers_on_a_gpu(on_gpu, monkeypatch, temperature
             assert torch.equal(found, expected)
     # a CPU cannot multiply bf16 into float32: it says so once, and subtracts the product
     assert capsys.readouterr().err.count("the head's gradient takes another pass over memory") == 1
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_logits_in_float32_exist_on_a_gpu_only_for_the_entropy(on_gpu, monkeypatch, entropy):
+    """As the plan of the memory counts them."""
+    monkeypatch.setattr(fused.Fused, "__call__", lambda self, *args: self.function(*args))
+    made, original = [], head._Buffers.logits.func
+    logits = functools.cached_property(lambda self: made.append(self) or original(self))
+    logits.__set_name__(head._Buffers, "logits")
+    monkeypatch.setattr(head._Buffers, "logits", logits)
+    hidden, weight = (torch.randn(n, 16).bfloat16().requires_grad_() for n in (37, 90))
+    given = torch.randint(90, (37,)), 1.0, None, 10
+    for _, logps, entropies in token_chunks(hidden, weight, *given):
+        (logps.sum() + entropy * entropies.sum() if entropy else logps.sum()).backward()
+    logps, entropies = token_logps(hidden, weight, *given)
+    (logps.sum() + entropy * entropies.sum() if entropy else logps.sum()).backward()
+    assert len(made) == (2 if entropy else 0)
 
 
 def test_an_adapter_adds_within_its_product_on_a_gpu(monkeypatch):

@@ -220,8 +220,7 @@ class LightAdamW:
         are updated; None is all.
         """
         for name in self.weights if names is None else names:
-            if self.kernel is not None:
-                self._update_in_one_pass(name, rate, update, scale)
+            if self._update_in_one_pass(name, rate, update, scale):
                 continue
             weight = self.weights[name]
             rows, columns = local_shard(weight.detach())[0].flatten(1).shape
@@ -248,17 +247,34 @@ class LightAdamW:
         moved = w[rows].float().mul_(1 - rate * self.weight_decay).sub_(move, alpha=rate)
         w[rows] = noise.rounded(moved, w.dtype)
 
-    def _update_in_one_pass(self, name: str, rate: float, update: int, scale: float) -> None:
-        """`_update` for all rows of this rank's shard of a weight, by `kernel`."""
-        weight = self.weights[name]
-        w, g = (local_shard(t.detach())[0].flatten(1) for t in (weight, weight.grad))
+    def _update_in_one_pass(self, name: str, rate: float, update: int, scale: float) -> bool:
+        """`_update` for all rows of this rank's shard of a weight, by `kernel`; False if it cannot.
+
+        Triton compiles it anew for other dtypes, alignments and widths than `one_pass` has tried.
+        If that fails nothing has been changed, and from then on no kernel is called.
+        """
+        shard, first = local_shard(self.weights[name].detach())
+        if self.kernel is None or not shard.is_contiguous():
+            return False
+        try:
+            self._call_kernel(name, shard.flatten(1), first, rate, update, scale)
+        except Exception as error:
+            self.kernel = None
+            tell_slower(self.optim, f"{type(error).__name__}: {error}")
+        return self.kernel is not None
+
+    def _call_kernel(
+        self, name: str, w: Tensor, first: int, rate: float, update: int, scale: float
+    ) -> None:
+        """w: this rank's shard of the weight, (rows, columns), whose first row is `first`."""
+        g = local_shard(self.weights[name].grad)[0].flatten(1)
         self.kernel(
             w,
             g.contiguous(),
             [[local_shard(t)[0] for t in moment.tensors().values()] for moment in self.state[name]],
             code_tables(w.device),
             BLOCK,
-            first=local_shard(weight.detach())[1] * w.shape[1],
+            first=first * w.shape[1],
             seed=seed_of(f"{self.seed}/{update}/{name}"),
             scale=scale,
             kept=1 - rate * self.weight_decay,
@@ -301,13 +317,17 @@ def _checked(optim: str, dtype: torch.dtype, device: torch.device) -> Callable |
             return adamw_kernel.update
         why = f"{apart:.1%} of the numbers differ from those of the CPU"
     except Exception as error:  # of Triton, of its compiler or of the driver
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = f"{type(error).__name__}: {error}"
+    tell_slower(optim, why)
+    return None
+
+
+def tell_slower(optim: str, why: str) -> None:
     if prints_here():
         tqdm.write(
             f"note: --optim {optim} updates operation by operation, which is slower than in one "
-            f"pass: the Triton kernel for that does not work here ({why})"
+            f"pass: the Triton kernel for that does not work here ({why.splitlines()[0]})"
         )
-    return None
 
 
 def disagreement(kernel: Callable, optim: str, dtype: torch.dtype, device: torch.device) -> float:

@@ -51,6 +51,7 @@ class _TokenLogps(torch.autograd.Function):
             logps.append(logp)
             if entropies:
                 slopes.append(_slope(weight, t, softmax))
+            del softmax  # else it is there beside the next
         logps = torch.cat(logps)
         if not entropies:
             return logps, None
@@ -72,7 +73,7 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.needs_input_grad[1] or grad_entropy is not None:
             buffers = _Buffers(weight, min(chunk, len(hidden)))
             if ctx.needs_input_grad[1]:
-                grad_weight = torch.zeros_like(weight, dtype=buffers.logits.dtype)
+                grad_weight = torch.zeros_like(weight, dtype=buffers.wide)
             parts = []
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
@@ -85,6 +86,7 @@ class _TokenLogps(torch.autograd.Function):
                     g = torch.ones_like(g)
                 if grad_weight is not None:
                     _add_grad_weight(grad_weight, h, t, g / temperature, softmax)
+                del softmax
             if parts:
                 grad_hidden = torch.cat(parts).to(hidden.dtype)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -321,7 +323,7 @@ def token_chunks(
     chunk = max(1, min(chunk, len(targets)))
     buffers = _Buffers(weight, chunk)
     trained = weight.requires_grad
-    grad_weight = torch.zeros_like(weight, dtype=buffers.logits.dtype) if trained else None
+    grad_weight = torch.zeros_like(weight, dtype=buffers.wide) if trained else None
     grad_hidden = []
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
