@@ -59,6 +59,7 @@ def test_what_there_is_no_time_for_is_not_begun(tmp_path):
     parts = [Part("late", ("right",), "broken:works", 20, {})]
     found, _ = command.measure(parts, Starts([], []), tmp_path, minutes=0.01)
     assert found["late"]["status"] == "not begun" and not command.failed(found)
+    assert command.verdict(found).endswith("No time was left for late: see --minutes.")
 
 
 def findings(check) -> list[dict]:

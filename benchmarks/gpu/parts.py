@@ -25,7 +25,7 @@ CHILD = Path(__file__).resolve().parent / "child.py"
 class Part:
     """function: "module:name", called in a process of its own as function(settings, report), where
     report(name, value) keeps a finding (JSON). groups: what --parts may call it by, besides `name`.
-    limit: seconds, of ten minutes in all. settings: for the function. where: "device", "ranks" (a
+    limit: seconds, if all have ten minutes. settings: for the function. where: "device", "ranks" (a
     process for each device) or "cpu"."""
 
     name: str
