@@ -77,8 +77,9 @@ def show(report: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--show", type=Path)
+    file = parser.add_mutually_exclusive_group(required=True)
+    file.add_argument("--json", type=Path, help="keeps the runs; those it has are not repeated")
+    file.add_argument("--show", type=Path, help="prints the tables of such a file")
     parser.add_argument("--scripts", nargs="+", choices=list(RESULTS), default=list(RESULTS))
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

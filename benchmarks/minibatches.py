@@ -109,8 +109,9 @@ def show(report: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--show", type=Path)
+    file = parser.add_mutually_exclusive_group(required=True)
+    file.add_argument("--json", type=Path, help="keeps the runs; those it has are not repeated")
+    file.add_argument("--show", type=Path, help="prints the tables of such a file")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=800, help="of a run, a multiple of 32")
     parser.add_argument("--every", type=int, default=32, help="prompts between evaluations")
