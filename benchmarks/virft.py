@@ -30,7 +30,7 @@ import yaml
 from data import files, tables
 from data.errors import UserError
 from data.folders import SLASH
-from data.images import open_image
+from data.images import open_image, size_of
 from data.load import find_form, load
 from data.published import link
 from data.wording import check_names
@@ -68,7 +68,7 @@ FORMATS = {
     ),
     "answer": ("the final answer in", ""),
 }
-RULES = ("eval/accuracy", "eval/accuracy_visual_rft")
+EXACT, PUBLISHED = "eval/accuracy", "eval/accuracy_visual_rft"
 
 
 # ---- the sets -----------------------------------------------------------------------------------
@@ -92,12 +92,19 @@ def make(name: str, images: str, lists: Path, rows: str | None, to: Path) -> str
     trained = few_shots(rows or SETS[name].rows)
     for classes in (trained, tested):
         check_names(sorted(classes), f"{name}: the classes")
+    trained, notes = spelled_as(tested, trained, rows or SETS[name].rows)
     partial = to / f".{name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for label, of_class in trained.items():
-            for number, image in enumerate(of_class):
-                open_image(image).save(folder(partial / "train", label) / f"{number}.png")
+            for number, (called, image) in enumerate(of_class):
+                try:
+                    opened = open_image(image)
+                except UserError as error:
+                    file = "" if isinstance(image, bytes) else f"{image}: "
+                    where = f"{rows or SETS[name].rows}, {called}"
+                    raise UserError(f"{where}: {file}{error}") from error
+                opened.save(folder(partial / "train", label) / f"{number}.png")
         for label, of_class in tested.items():
             for file in of_class:
                 place = folder(partial / "test", label) / Path(file).name
@@ -113,10 +120,21 @@ def make(name: str, images: str, lists: Path, rows: str | None, to: Path) -> str
         (to / f"{name}-{answer_format}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     shots, count = (sum(map(len, of.values())) for of in (trained, tested))
     said = f"{target}: {len(tested)} classes, {shots} training and {count:,} test images"
-    only = {normalize(label): label for label in tested}
-    for label in trained:
-        only.pop(normalize(label), None)
-    return f"{said}\nnote: no training image of {', '.join(only.values())}" if only else said
+    return "\n".join([said, *notes])
+
+
+def spelled_as(tested: dict, trained: dict, rows: str) -> tuple[dict, list[str]]:
+    """The training classes by the names that the list has for them, and notes about those that one
+    of the two lacks. Raises UserError if they have none in common."""
+    spelled = {normalize(label): label for label in tested}
+    named = {spelled.get(normalize(label), label): of for label, of in trained.items()}
+    if not named.keys() & tested.keys():
+        raise UserError(f"{rows}: none of its classes is in the list, such as {next(iter(tested))}")
+    notes = []
+    for split, of, others in (("training", named, tested), ("test", tested, named)):
+        if lacking := [label for label in others if label not in of]:
+            notes.append(f"note: no {split} image of {', '.join(lacking)}")
+    return named, notes
 
 
 def folder(root: Path, label: str) -> Path:
@@ -133,8 +151,8 @@ def read_list(path: Path) -> dict[str, list[str]]:
         listed = torch.load(files.regular(where, files.SETTINGS), weights_only=True)
         pairs = [(file, int(of["label"])) for entry in listed for file, of in entry.items()]
         found = [("/".join(Path(file).parts[-2:]), names[number]) for file, number in pairs]
-        if any(number < 0 for _, number in pairs) or len(dict(found)) < len(found):
-            raise ValueError("a label below 0, or an image twice")
+        if any(number < 0 for _, number in pairs) or len(dict(found)) < len(found) or not found:
+            raise ValueError("no image, an image twice, or a label below 0")
     except UserError:
         raise
     except Exception as error:  # torch.load raises a dozen kinds for what is none of its files
@@ -148,46 +166,87 @@ def read_list(path: Path) -> dict[str, list[str]]:
     return dict(of_class)
 
 
-def few_shots(name: str) -> dict[str, list]:
-    """Class -> the images, paths or bytes, of a data set's training rows."""
+def few_shots(name: str) -> dict[str, list[tuple]]:
+    """Class -> what each of its training rows is called, and its image, a path or bytes."""
     of_class = defaultdict(list)
     for row in load(name, "train"):
         if row.fault or len(row.images) != 1:
             raise UserError(f"{name}, {row.called}: {row.fault or 'not one image'}")
-        of_class[read_class(row.solution)].append(row.images[0])
+        try:
+            label = read_class(row.solution)
+        except UserError as error:
+            raise UserError(f"{name}, {row.called}: {error}") from error
+        of_class[label].append((row.called, row.images[0]))
     return dict(of_class)
+
+
+class Photo(NamedTuple):
+    """A photograph. folder: "" in a table that has kept the file's name alone. split: of a table.
+    where: the file, or a table's rows and the number."""
+
+    name: str
+    folder: str
+    split: str
+    where: Path | tuple
+
+    def read(self) -> Path | bytes:
+        """Raises UserError if it is missing or no image."""
+        source = self.where
+        if isinstance(source, tuple):
+            rows, number = source
+            source = rows[number]["image"]["bytes"]
+        try:
+            size_of(source)  # without decoding it
+        except UserError as error:
+            raise UserError(f"{self.split} {self.folder}/{self.name}: {error}") from error
+        return source if isinstance(source, bytes) else source.resolve()
 
 
 def find_images(source: str, wanted: list[str]) -> dict[str, Path | bytes]:
     """The photograph of each wanted path, which ends in its folder and name: a file below a folder,
     or the bytes in a table. Raises UserError if one is missing or there are several."""
-    path = Path(source)
-    if path.is_dir() and not any(_is_table(path, name) for name in ("", "*/")):
-        places = [Path(at) / n for at, _, ns in os.walk(path, followlinks=True) for n in ns]
-        read = Path.resolve
-    else:
-        places, read = _in_table(source)
+    path, names = Path(source), {Path(file).name for file in wanted}
+    photos = photos_below(path, names)
+    if not photos and (not path.is_dir() or _is_table(path)):
+        photos = photos_in_table(source)
     by_name, found = defaultdict(list), {}
-    for place in places:
-        by_name[Path(place).name].append(Path(place))
+    for photo in photos:
+        by_name[photo.name].append(photo)
     for file in wanted:
-        inside, there = Path(file).parent.name, by_name[Path(file).name]
-        there = [place for place in there if place.parent.name in (inside, "")]  # "": of a table
+        there = choose(by_name[Path(file).name], Path(file).parent.name)
         if len(there) != 1:
             what = f"{len(there)} files called {file}" if there else f"no image {file}"
-            raise UserError(f"{source}: {what}; give the folder in which {inside}/ lies")
-        found[file] = read(there[0])
+            raise UserError(f"{source}: {what}; give the folder in which {Path(file).parent}/ lies")
+        found[file] = there[0].read()
     return found
 
 
-def _is_table(path: Path, inner: str) -> bool:
+def choose(photos: list[Photo], folder: str) -> list[Photo]:
+    """Those that lie in the folder. A table that has names alone has it in its split test; Cars196
+    calls other photographs of its training split the same, elsewhere names are enough."""
+    if inside := [photo for photo in photos if photo.folder == folder]:
+        return inside
+    alone = [photo for photo in photos if photo.split and not photo.folder]
+    tested = [photo for photo in alone if photo.split == "test"]
+    return tested if tested or folder == "cars_test" else alone
+
+
+def photos_below(root: Path, names: set[str]) -> list[Photo]:
+    return [
+        Photo(name, Path(at).name, "", Path(at) / name)
+        for at, _, inside in os.walk(root, followlinks=True)
+        for name in inside
+        if name in names
+    ]
+
+
+def _is_table(path: Path) -> bool:
     names = ("*.parquet", "dataset_dict.json", "state.json")
-    return any(True for name in names for _ in path.glob(inner + name))
+    return any(True for name in names for inner in ("", "*/") for _ in path.glob(inner + name))
 
 
-def _in_table(source: str):
-    """The images of a table by the names that they had as files, split/folder/name, and a function
-    from such a path to the bytes. Of a name in several splits the test split's counts."""
+def photos_in_table(source: str) -> list[Photo]:
+    """The images of a table by the names that they had as files."""
     import datasets
 
     form, splits = find_form(source)
@@ -198,46 +257,62 @@ def _in_table(source: str):
         of_split = {split: table.rows for split, table in read.items() if not table.is_list}
     else:
         raise UserError(f"{source}: no folder with photographs, no parquet and no hub data set")
-    places: dict[str, tuple] = {}
-    for split in sorted(of_split, key=lambda name: name == "test"):
-        rows = (
-            of_split[split]
-            .select_columns(["image"])
-            .cast_column("image", datasets.Image(decode=False))
-        )
+    photos = []
+    for split, of in of_split.items():
+        rows = of.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         for number, row in enumerate(rows):
             if (name := row["image"]["path"]) and row["image"]["bytes"]:
-                places[Path(name).name] = (rows, number)
-    if not places:
+                path = Path(name)
+                photos.append(Photo(path.name, path.parent.name, split, (rows, number)))
+    if not photos:
         raise UserError(f"{source}: its images have no file names, so they cannot be told apart")
-    return list(places), lambda path: places[path.name][0][places[path.name][1]]["image"]["bytes"]
+    return photos
 
 
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def figures(runs: Path) -> dict[tuple[str, str], dict[str, list[tuple[float, float]]]]:
-    """(model and format, "base" or "trained") -> set -> a pair of RULES for each evaluation."""
-    found = defaultdict(lambda: defaultdict(list))
-    for metrics in sorted(runs.glob("*/*/metrics.jsonl")):
-        named = re.fullmatch(rf"(.+)-({'|'.join(SETS)})", metrics.parent.parent.name)
-        kind = re.fullmatch(r"(base)|seed-\d+-test", metrics.parent.name)
+def figures(runs: Path) -> tuple[dict[tuple[str, str], dict[str, list]], list[str]]:
+    """(model and format, "base" or "trained") -> set -> for each evaluation the share that is right
+    as a whole and as published; and notes about runs that have no figure."""
+    found, notes = defaultdict(lambda: defaultdict(list)), []
+    for run in sorted(path for path in runs.glob("*/*") if path.is_dir()):
+        named = re.fullmatch(rf"(.+)-({'|'.join(SETS)})", run.parent.name)
+        kind = re.fullmatch(r"(base)|seed-\d+-test", run.name)
         if not named or not kind:
             continue
-        lines = [json.loads(line) for line in files.read_text(metrics).splitlines()]
-        last = next((line for line in reversed(lines) if RULES[0] in line), None)
-        if last is None or RULES[1] not in last:
-            raise UserError(f"{metrics}: no evaluation by both rules")
-        key = named[1], "base" if kind[1] else "trained"
-        found[key][named[2]].append((last[RULES[0]], last[RULES[1]]))
-    return found
+        try:
+            pair = figure(run)
+        except (UserError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            notes.append(f"note: left out {run}: {error}; remove it and evaluate again")
+            continue
+        found[named[1], "base" if kind[1] else "trained"][named[2]].append(pair)
+    return found, notes
+
+
+def figure(run: Path) -> tuple[float, float]:
+    """Of an evaluation, what is right as a whole and as published. Raises UserError if it is
+    not finished or is of some of the rows; what reading a damaged file raises."""
+    lines = [json.loads(line) for line in files.read_text(run / "metrics.jsonl").splitlines()]
+    last = next((line for line in reversed(lines) if PUBLISHED in line), None)
+    if last is None:
+        raise UserError("no finished evaluation by both rules")
+    settings = yaml.safe_load(files.read_text(run / "config.yaml"))
+    if some := settings.get("eval_samples"):
+        raise UserError(f"it is of --eval_samples {some}, not of all rows")
+    # --answer_match visual_rft pays for another rule
+    pair = float(last.get(f"{EXACT}_exact", last[EXACT])), float(last[PUBLISHED])
+    if not all(0 <= share <= 1 for share in pair):
+        raise ValueError(f"{pair} are no shares")
+    return pair
 
 
 def table(runs: Path) -> str:
-    """Markdown: for each set, percent by eval/accuracy / by eval/accuracy_visual_rft, the mean over
-    seeds and, of several, their standard deviation. The average is there where all sets are."""
+    """Markdown: for each set, percent right as a whole / as published, the mean over seeds and, of
+    several, their standard deviation. The average is there where all sets are. Notes follow."""
     lines = ["| | seeds | average | " + " | ".join(SETS) + " |", "|---" * (3 + len(SETS)) + "|"]
-    for (model, kind), of_set in sorted(figures(runs).items()):
+    found, notes = figures(runs)
+    for (model, kind), of_set in sorted(found.items()):
         counts = sorted({len(pairs) for pairs in of_set.values()})
         seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:])) if kind != "base" else "-"
         means = [[mean(column) for column in zip(*of_set[name], strict=True)] for name in of_set]
@@ -246,9 +321,10 @@ def table(runs: Path) -> str:
             average = " / ".join(f"{100 * mean(column):.1f}" for column in zip(*means, strict=True))
         cells = [cell(of_set.get(name, [])) for name in SETS]
         lines.append(f"| {model}, {kind} | {seeds} | {average} | " + " | ".join(cells) + " |")
-    if len(lines) == 2:
-        raise UserError(f"{runs}: no folder such as qwen2-vl-think-flowers/base with metrics.jsonl")
-    return "\n".join(lines)
+    if not found:
+        why = f"{runs}: no evaluation in a folder such as qwen2-vl-2b-think-flowers/base"
+        raise UserError("\n".join([why, *notes]))
+    return "\n".join([*lines, *notes])
 
 
 def cell(pairs: list[tuple[float, float]]) -> str:
@@ -278,6 +354,9 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: what it had begun is removed", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,17 @@ def few(folder: Path, names=NAMES) -> Path:
     return folder
 
 
+def table_of(folder: Path, **splits: dict[str, int]) -> Path:
+    """A parquet of pictures: split -> the name that a file had -> its color."""
+    folder.mkdir(exist_ok=True)
+    for split, colors in splits.items():
+        images = [{"bytes": picture(red), "path": name} for name, red in colors.items()]
+        features = datasets.Features({"image": datasets.Image()})
+        table = datasets.Dataset.from_dict({"image": images}, features=features)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def made(root: Path, name: str, form: str = "folder") -> Path:
     files = lists(root / "lists", name)
     source = photographs(root / f"images-{name}-{form}", name, files, form)
@@ -207,6 +218,45 @@ def test_a_set_is_made_of_its_lists_from_each_form(tmp_path, monkeypatch, capsys
     assert "identify the model of the car based" in settings["prompt_template"]
 
 
+def reds(source: Path, wanted: list[str]) -> list[int]:
+    found = virft.find_images(str(source), wanted)
+    opened = [Image.open(BytesIO(x) if isinstance(x, bytes) else x) for x in found.values()]
+    return [round(image.getpixel((9, 9))[0], -1) for image in opened]
+
+
+def test_photographs_of_one_name_are_told_apart(tmp_path):
+    """Cars196 has a cars_train/00001.jpg and a cars_test/00001.jpg."""
+    name, (train, test) = "1.jpg", (f"cars_{split}/1.jpg" for split in ("train", "test"))
+    both = table_of(tmp_path / "both", train={test: 10, train: 200})
+    assert reds(both, [test]) == [10] and reds(both, [train]) == [200]
+    alone = table_of(tmp_path / "alone", train={name: 200}, test={name: 10})
+    assert reds(alone, [test]) == [10]
+    for source in (table_of(tmp_path / "a", train={name: 200}),
+                   table_of(tmp_path / "b", train={train: 200})):  # fmt: skip
+        with pytest.raises(virft.UserError, match=f"no image {test}"):
+            virft.find_images(str(source), [test])
+    assert reds(tmp_path / "a", ["jpg/1.jpg"]) == [200], "other sets call none of them the same"
+    with pytest.raises(virft.UserError, match="2 files called jpg/1.jpg"):
+        virft.find_images(str(table_of(tmp_path / "c", train={name: 1}, val={name: 2})), [
+            "jpg/1.jpg"
+        ])  # fmt: skip
+    files = photographs(tmp_path / "files", "cars", [name], "folder")
+    table_of(files, train={name: 200})
+    assert reds(files, [test]) == [0], "a table beside the photographs is not asked"
+
+
+def test_training_classes_have_the_names_of_the_list(tmp_path, capsys):
+    """Else the two splits would hold two classes that count as one."""
+    files = lists(tmp_path / "lists", "pets")
+    source = photographs(tmp_path / "images", "pets", files, "folder")
+    rows = few(tmp_path / "rows", ["Rose-Garden", "f/a-18", "Colts foot", "tricycle"])
+    argv = ["make", "pets", str(source), "--lists", str(tmp_path / "lists"), "--rows", str(rows)]
+    virft.main([*argv, "--to", str(tmp_path / "virft")])
+    train, test = read_splits(str(tmp_path / "virft/pets"), "train", None, None, Wording())
+    assert {row.solution for row in train} == {row.solution for row in test} | {"tricycle"}
+    assert capsys.readouterr().out.endswith("\nnote: no test image of tricycle\n")
+
+
 def test_what_is_wrong_with_the_sources_is_named(tmp_path, capsys):
     files = lists(tmp_path / "lists", "pets")
     source = photographs(tmp_path / "images", "pets", files, "folder")
@@ -225,8 +275,22 @@ def test_what_is_wrong_with_the_sources_is_named(tmp_path, capsys):
     assert "pets.txt: missing" in refused("--lists", str(tmp_path))
     (tmp_path / "lists/pets.txt").write_text("one class")
     assert "not the list of images and labels of" in refused()
-    assert not list(tmp_path.glob("virft/*"))
     lists(tmp_path / "lists", "pets")
+    torch.save([], tmp_path / "lists/pets.pth")
+    assert "no image, an image twice" in refused()
+    lists(tmp_path / "lists", "pets")
+    (source / "data/images" / files[0]).write_bytes(b"")
+    assert f"{files[0]}: " in refused()
+    (source / "data/images" / files[0]).write_bytes(picture(0))
+    other = few(tmp_path / "other", ["tricycle"])
+    assert f"{other}: none of its classes is in the list" in refused("--rows", str(other))
+    (other / "train.json").write_text((rows / "train.json").read_text())
+    assert f"error: {other}, row 2: {other}/2.jpg: missing" in refused("--rows", str(other))
+    (other / "train.json").write_text(
+        json.dumps([{"image": "0.jpg", "problem": "?", "solution": ""}])
+    )
+    assert f"{other}, row 0" in refused("--rows", str(other))
+    assert not list(tmp_path.glob("virft/*"))
     virft.main(argv)
     assert "note: no training image of F/A-18" in capsys.readouterr().out
     assert "is there already" in refused()
@@ -246,6 +310,7 @@ def test_the_table_is_the_mean_over_seeds(tmp_path, capsys):
             folder.mkdir(parents=True)
             line = {"eval/accuracy": right, "eval/accuracy_visual_rft": published}
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **line}) + "\n")
+            (folder / "config.yaml").write_text("eval_only: true")
     (tmp_path / "m-think-flowers" / "seed-0").mkdir()
     (tmp_path / "m-think-flowers" / "seed-0" / "metrics.jsonl").write_text("{}\n")
     capsys.readouterr()
@@ -257,6 +322,33 @@ def test_the_table_is_the_mean_over_seeds(tmp_path, capsys):
     assert trained.endswith("| 65.0 ± 7.1 / 81.5 ± 16.3 |")
 
 
+def test_what_is_no_figure_is_left_out_of_the_table_and_named(tmp_path, capsys):
+    good = '{"eval/accuracy": 0.5, "eval/accuracy_visual_rft": 0.75}'
+    runs = {
+        "seed-0-test": ("", good),
+        # the reward pays by the published rule
+        "seed-1-test": ("", good.replace("}", ', "eval/accuracy_exact": 0.25}')),
+        "seed-2-test": ("eval_samples: 2", good),
+        "seed-3-test": ("", good[:-9]),
+        "seed-4-test": ("", ""),  # stopped
+        "seed-5-test": ("", "5"),
+        "seed-6-test": ("", good.replace("0.5", "NaN")),
+        "seed-7-test": ("", good.replace("0.5", "null")),
+    }
+    for name, (settings, line) in runs.items():
+        folder = tmp_path / "m-think-pets" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(line)
+        (folder / "config.yaml").write_text(f"eval_only: true\n{settings}")
+    virft.main(["table", str(tmp_path)])
+    _, _, trained, *notes = capsys.readouterr().out.splitlines()
+    assert trained == "| m-think, trained | 2 | - | - | 37.5 ± 17.7 / 75.0 ± 0.0 | - | - |"
+    assert [note.split(":")[1] for note in notes] == [
+        f" left out {tmp_path}/m-think-pets/seed-{n}-test" for n in range(2, 8)
+    ]
+    assert "--eval_samples 2, not of all rows" in notes[0]
+
+
 # ---- docs/reproduce.md --------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()
@@ -265,9 +357,9 @@ PAGE = (ROOT / "docs" / "reproduce.md").read_text()
 def commands(card: int) -> list[list[str]]:
     """The page's commands, as bash would start them. card: which of its two lines is pasted."""
     making, runs = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    choices = re.findall(r"^card=.*\n", runs, flags=re.MULTILINE)
-    assert len(choices) == 2
-    runs = runs.replace(choices[0] + choices[1], choices[card])
+    choices = re.findall(r"^(?:# )?card=.*\n", runs, flags=re.MULTILINE)
+    assert len(choices) == 2 and choices[1].startswith("# ")
+    runs = runs.replace(choices[0] + choices[1], choices[card].removeprefix("# "))
     stubs = "".join(f"{name}() {{ echo {name} $*; }}\n" for name in ("git", "python", "torchrun"))
     ran = subprocess.run(
         ["bash", "-eu", "-c", stubs + making + runs], capture_output=True, text=True, check=True
