@@ -2,7 +2,11 @@
 wrong. Here without a device; the whole command runs in tests/emulated_gpu."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from benchmarks.gpu import right
 from benchmarks.gpu.parts import Part, Starts
 from benchmarks.gpu.tables import compared, markdown
 from models import qwen2_vl
+from tests.runs import ROOT
 
 BROKEN = """
 import os, time
@@ -60,6 +65,82 @@ def test_what_there_is_no_time_for_is_not_begun(tmp_path):
     found, _ = command.measure(parts, Starts([], []), tmp_path, minutes=0.01)
     assert found["late"]["status"] == "not begun" and not command.failed(found)
     assert command.verdict(found).endswith("No time was left for late: see --minutes.")
+
+
+def test_a_part_that_the_minutes_cut_short_is_not_called_wrong(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    parts = [Part("hangs", ("right",), "broken:hangs", 60, {})]
+    starts = Starts([sys.executable], [sys.executable])
+    found, _ = command.measure(parts, starts, tmp_path, minutes=0.1)
+    assert found["hangs"]["status"] == "cut short" and found["hangs"]["found"] == {"before": 3}
+    assert command.verdict(found) == (
+        "All that ran is right. No time was left for hangs: see --minutes."
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_it_has_what_was_done_and_no_process_left(tmp_path, number):
+    """The child's session is its own, so a terminal's Ctrl-C does not reach it."""
+    argv = ["-m", "benchmarks.gpu", "--parts", "norm", "--out", str(tmp_path)]
+    argv += ["--start", f"{sys.executable} {tmp_path / 'slow.py'}"]
+    (tmp_path / "slow.py").write_text(
+        "import os, runpy, sys, time\n"
+        "if 'norm' in sys.argv[2]:\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "All that ran is right. Stopped in norm." in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part["status"] for name, part in report["parts"].items()} == {
+        "card": "done",
+        "norm": "stopped",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--minutes 0", "--minutes 0: a number above 0"),
+        ("--minutes nan", "--minutes nan: a number above 0"),
+        ("--parts ranks", "--parts ranks needs several devices"),
+        ("--out setup.cfg", "--out setup.cfg: File exists"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert said in capsys.readouterr().err
+
+
+def test_the_peer_is_asked_for_in_two_ways(monkeypatch, tmp_path):
+    asked = []
+
+    def measured(parts, *_):
+        asked.append({part.name for part in parts})
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "measure", measured)
+    for flags in (["--parts", "peer"], ["--peer", "--parts", "norm"], []):
+        monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), *flags])
+        with pytest.raises(InterruptedError):
+            command.main()
+    peer, both, neither = asked
+    assert "TRL 1" in peer & both and "TRL 1" not in neither
+    assert "norm" in both & neither and "norm" not in peer
 
 
 def findings(check) -> list[dict]:

@@ -13,16 +13,19 @@ fast    steps of 8 prompts x 8 completions x 256 tokens, 448 pixels, of as many 
         beside the allocator's
 peer    (with --peer) TRL's GRPOTrainer on the same weights and work, in turns; vLLM where installed
 
-Writes OUT/gpu.json and OUT/gpu.md, and each part's log. Exit code 1 if a part failed or a number is
-not right. Without a CUDA device narrow models show that the command works; --start and
---start_ranks say what starts a script on an emulated device (tests/emulated_gpu).
+Writes OUT/gpu.json and OUT/gpu.md, also when it is stopped (Ctrl-C), and each part's log. Exit
+code 1 if a part failed or a number is not right. Without a CUDA device narrow models show that the
+command works; --start and --start_ranks say what starts a script on an emulated device
+(tests/emulated_gpu).
 """
 
 import argparse
 import contextlib
 import json
+import math
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +38,7 @@ from benchmarks.gpu.tables import checks, markdown
 
 MINUTES = 10  # for all parts together
 SLACK = 3  # seconds, for the tables
+LATE = ("not begun", "cut short")  # parts whose own limit was not reached
 RIGHT, RUNS = "benchmarks.gpu.right", "benchmarks.gpu.runs"
 CHECKS = ("attention_kernel", "norm", "head", "delta", "fused", "adamw", "sampling")
 LORA = "--use_peft --tokens_per_pack 4096"
@@ -103,15 +107,20 @@ def measure(
     cases = {part.name: part.settings for part in parts if part.groups == ("fast",)}
     try:
         for part in parts:
-            left = deadline - time.monotonic()
+            left, limit = deadline - time.monotonic(), part.limit * max(1, minutes / MINUTES)
             if left < 1:
                 row = {"status": "not begun", "seconds": 0, "found": {}}
-                row["why"] = f"the {minutes:g} minutes are over"
             else:
-                row = run(part, starts, folder, min(left, part.limit * max(1, minutes / MINUTES)))
+                row = run(part, starts, folder, min(left, limit))
+            if row["status"] == "out of time" and left < limit:
+                row["status"] = "cut short"
+            if row["status"] in LATE:
+                row["why"] = f"the {minutes:g} minutes are over"
             found[part.name] = row
             why = row.get("why") or row["found"].get("skipped") or ""
             print(f"{part.name:30} {row['status']:12} {row['seconds']:6} s  {why}", flush=True)
+            if row["status"] == "stopped":
+                break
             if part.name == "card" and cases and "rates" in row["found"]:
                 settings = part.settings | {"cases": cases, "rates": row["found"]["rates"]}
                 counting = Part(
@@ -120,8 +129,8 @@ def measure(
                 process = begin(counting, starts, folder)
         if counting is None:
             return found, {}
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(1, deadline - time.monotonic()))
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(0 if row["status"] == "stopped" else max(1, deadline - time.monotonic()))
     finally:
         if counting is not None:
             end(process)
@@ -130,44 +139,62 @@ def measure(
 
 def failed(found: dict[str, dict]) -> list[str]:
     """Names of what did not go well: parts, and numbers that are not right."""
-    names = [name for name, part in found.items() if part["status"] not in ("done", "not begun")]
+    names = [name for name, part in found.items() if part["status"] in ("failed", "out of time")]
     return names + [finding["what"] for finding in checks(found) if not finding["ok"]]
 
 
 def verdict(found: dict[str, dict]) -> str:
     """What went well, what did not, and what there was no time for."""
     wrong = failed(found)
-    late = [name for name, part in found.items() if part["status"] == "not begun"]
+    late = [name for name, part in found.items() if part["status"] in LATE]
     said = f"Not as it should be: {', '.join(wrong)}." if wrong else "All that ran is right."
+    said += "".join(f" Stopped in {n}." for n, part in found.items() if part["status"] == "stopped")
     return said + (f" No time was left for {', '.join(late)}: see --minutes." if late else "")
 
 
 def main() -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process is left over
+        signal.signal(number, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    groups = ("right", "fast", "peer")
-    names = [*groups, *CHECKS, "demo", "ranks", *MODELS]
-    parser.add_argument("--parts", nargs="+", default=groups, choices=names, metavar="PART",
-                        help=f"of {', '.join(names)}")  # fmt: skip
+    names = ["right", "fast", "peer", *CHECKS, "demo", "ranks", *MODELS]
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=("right", "fast"),
+        choices=names,
+        metavar="PART",
+        help=f"default: right fast; of {', '.join(names)}",
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
-    parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
+    parser.add_argument("--peer", action="store_true", help="as `peer` among --parts")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--shapes", choices=("published", "narrow"), help="narrow without CUDA")
     parser.add_argument("--ranks", type=int, help="processes of the part `ranks`")
     parser.add_argument("--start", help="starts a script on the device")
     parser.add_argument("--start_ranks", help="starts a script on several devices")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes {options.minutes:g}: a number above 0")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
     shapes = options.shapes or ("published" if torch.cuda.is_available() else "narrow")
     count = options.ranks or max(1, torch.cuda.device_count())
     many = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={count}"
     starts = Starts(
         shlex.split(options.start or sys.executable), shlex.split(options.start_ranks or many)
     )
-    folder, wanted = options.out.resolve(), {*options.parts, "always"}
-    every = parts_of(shapes, count, folder, options.peer)
-    parts = [part for part in every if {part.name, *part.groups} & wanted]
-    found, expected = measure(parts, starts, folder, options.minutes)
-    shutil.rmtree(folder / "peer-model", ignore_errors=True)  # gigabytes
+    folder = options.out.resolve()
+    wanted = {*options.parts, *(["peer"] if options.peer else [])}
+    every = parts_of(shapes, count, folder, "peer" in wanted)
+    parts = [part for part in every if {part.name, *part.groups} & {*wanted, "always"}]
+    if "ranks" in wanted and count == 1:
+        parser.error("--parts ranks needs several devices, or --ranks 2")
+    try:
+        found, expected = measure(parts, starts, folder, options.minutes)
+    finally:
+        shutil.rmtree(folder / "peer-model", ignore_errors=True)  # gigabytes
     facts = found["card"]["found"]
     report = {"shapes": shapes, "card": facts.get("card", {}), "rates": facts.get("rates", {})}
     report |= {"parts": found, "expected": expected}
@@ -175,6 +202,8 @@ def main() -> int:
     (folder / "gpu.md").write_text(markdown(report))
     print("\n" + markdown(report))
     print(f"written to {folder / 'gpu.json'} and gpu.md. {verdict(found)}")
+    if any(part["status"] == "stopped" for part in found.values()):
+        return 130
     return 1 if failed(found) else 0
 
 

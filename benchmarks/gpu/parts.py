@@ -45,14 +45,16 @@ class Starts(NamedTuple):
 
 
 def run(part: Part, starts: Starts, folder: Path, seconds: float) -> dict:
-    """Runs a part for at most `seconds`. Returns status ("done", "failed", "out of time"), seconds,
-    found (name -> value), and for a part that is not done `why`, the end of what it printed."""
+    """Runs a part for at most `seconds`. Returns status ("done", "failed", "out of time", "stopped"
+    by Ctrl-C), seconds, found (name -> value), and for a part that is not done `why`."""
     began = time.monotonic()
     process = begin(part, starts, folder)
     try:
         status = "failed" if process.wait(seconds) else "done"
     except subprocess.TimeoutExpired:
         status = "out of time"
+    except KeyboardInterrupt:
+        status = "stopped"
     finally:
         end(process)
     row = {"status": status, "seconds": round(time.monotonic() - began, 1)}
@@ -62,6 +64,8 @@ def run(part: Part, starts: Starts, folder: Path, seconds: float) -> dict:
         row["why"] = f"exit code {process.returncode}: {said}"
     elif status == "out of time":
         row["why"] = f"not finished after {seconds:.0f} s"
+    elif status == "stopped":
+        row["why"] = "by a signal"
     return row
 
 
