@@ -23,6 +23,9 @@ def main() -> None:
                 file.write(json.dumps({name: value}) + "\n")
 
     getattr(importlib.import_module(module), name)(json.loads(settings), report)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # what is found is written; threads of libraries may end a process in disorder
 
 
 if __name__ == "__main__":
