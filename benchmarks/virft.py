@@ -301,7 +301,7 @@ def figure(run: Path) -> tuple[float, float]:
     if some := settings.get("eval_samples"):
         raise UserError(f"it is of --eval_samples {some}, not of all rows")
     # --answer_match visual_rft pays for another rule
-    pair = float(last.get(f"{EXACT}_exact", last[EXACT])), float(last[PUBLISHED])
+    pair = float(last.get(f"{EXACT}_exact", last.get(EXACT))), float(last[PUBLISHED])
     if not all(0 <= share <= 1 for share in pair):
         raise ValueError(f"{pair} are no shares")
     return pair
