@@ -1,5 +1,8 @@
-"""The Triton kernel of the light optimizers, run by Triton's interpreter on a CPU: bit for bit."""
+"""The Triton kernel of the light optimizers, run by Triton's interpreter on a CPU: bit for bit.
 
+Triton is looked for here and where --emulated-gpu points to (tests/emulated_gpu)."""
+
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from grpo.engine import adamw
 from grpo.engine.adamw import BETA1, MOMENTS, Bf16Moment, LightAdamW, disagreement, seed_of
 from tests.runs import ROOT
 
@@ -17,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 from triton.runtime import interpreter
+from grpo.engine import adamw
 from grpo.engine.adamw import LightAdamW
 from grpo.engine.adamw_kernel import update
 
@@ -31,7 +36,8 @@ ones = torch.full((16,), 1 + 2**-12)
 if (1 + 2**-11 - ones.new_zeros(16)).sub_(ones, alpha=1 + 2**-12).any():  # this CPU joins
     interpreter.InterpreterBuilder.create_fma = fma
 torch.Tensor.sqrt, torch.Tensor.sqrt_ = root, lambda t: t.copy_(root(t))
-optim, least = sys.argv[1], int(sys.argv[2])
+optim, least, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+adamw.local_shard = lambda tensor: (tensor, first)
 for dtype in (torch.bfloat16, torch.float32):
     for shape in ((9, 512), (5, 300), (3, 7), (4, 1), (6, 3, 2, 4)):
         found = []
@@ -51,26 +57,38 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.fixture
+def python(request) -> str:
+    """A Python that has Triton."""
+    if importlib.util.find_spec("triton"):
+        return sys.executable
+    if folder := request.config.getoption("--emulated-gpu"):
+        return str(folder.absolute() / "venv" / "bin" / "python")
+    pytest.skip("Triton is not installed")
+
+
+@pytest.mark.parametrize("first", [0, 9_000_003])
 @pytest.mark.parametrize("optim", MOMENTS)
-def test_it_is_the_update_operation_by_operation_bit_for_bit(optim):
+def test_it_is_the_update_operation_by_operation_bit_for_bit(python, optim, first):
     """Whole blocks, with rest, tiny; zeros, huge and (the interpreter misreads those of bf16)
-    denormal gradients; a first update and later ones."""
-    pytest.importorskip("triton")
+    denormal gradients; a first update and later ones; a shard's first row, also where its numbers
+    need more than 32 bits."""
     least = -10 if MOMENTS[optim] is Bf16Moment else -44
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SCRIPT, optim, str(least)]
+    command = [python, "-c", SCRIPT, optim, str(least), str(first)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_the_kernel_is_told_and_a_wrong_one_is_found_out():
+def test_what_the_kernel_is_told_and_a_wrong_one_is_found_out(monkeypatch):
     """A kernel that does nothing differs in nearly all numbers from the CPU."""
+    monkeypatch.setattr(adamw, "local_shard", lambda tensor: (tensor, 2))  # of a second rank
     weight = nn.Parameter(torch.zeros(4, 300))
     light, told = LightAdamW({"w": weight}, "adamw_8bit", 0.1, seed=3), []
     light.kernel = lambda *tensors, **numbers: told.append(numbers)
     weight.grad = torch.ones_like(weight)
     light.step(0.5, 1, 0.37)
-    assert told[0]["seed"] == seed_of("3/1/w") and told[0]["first"] == 0
+    assert told[0]["seed"] == seed_of("3/1/w") and told[0]["first"] == 2 * 300
     assert told[0]["kept"] == 0.95 and told[0]["m_part"] == 1 - BETA1
     nothing = disagreement(lambda *_, **__: None, "adamw_8bit", torch.float32, torch.device("cpu"))
     assert nothing > 0.9
