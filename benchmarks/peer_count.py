@@ -1,8 +1,8 @@
 """Counts at torch's dispatcher for a peer's code: `Count` where integers keep their values.
 
 On the meta device nothing has values, but transformers and TRL read ids, masks and grids. So these
-are tensors on the CPU, which stand for the GPU's: what is done with them counts as launches, and
-one that meets a tensor on meta leaves its values behind.
+are tensors on the CPU, which stand for the GPU's: what is done with them counts as launches. Where
+one is combined with a tensor on meta, only its shape is used.
 """
 
 from itertools import pairwise

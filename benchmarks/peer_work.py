@@ -124,7 +124,8 @@ def make_inputs(config: QwenVLConfig, rows: int, text: int, image: int) -> dict[
 
 @contextlib.contextmanager
 def stand_ins(drawn: list):
-    """The kernels that meta does not have, and ends of waits. drawn: the counts at each draw."""
+    """Counts, in the place of running them, the draw and the Triton kernels, which the meta device
+    does not have. drawn: gets the counts so far at each draw."""
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 

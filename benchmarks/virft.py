@@ -124,8 +124,8 @@ def make(name: str, images: str, lists: Path, rows: str | None, to: Path) -> str
 
 
 def spelled_as(tested: dict, trained: dict, rows: str) -> tuple[dict, list[str]]:
-    """The training classes by the names that the list has for them, and notes about those that one
-    of the two lacks. Raises UserError if they have none in common."""
+    """The training classes, spelled as in the list, and notes about classes that only one of the
+    two has. Raises UserError if they have none in common."""
     spelled = {normalize(label): label for label in tested}
     named = {spelled.get(normalize(label), label): of for label, of in trained.items()}
     if not named.keys() & tested.keys():
@@ -222,8 +222,8 @@ def find_images(source: str, wanted: list[str]) -> dict[str, Path | bytes]:
 
 
 def choose(photos: list[Photo], folder: str) -> list[Photo]:
-    """Those that lie in the folder. A table that has names alone has it in its split test; Cars196
-    calls other photographs of its training split the same, elsewhere names are enough."""
+    """The photographs in that folder. Where a table has kept file names without folders, its test
+    split comes first; for Cars196, whose training split uses the same names, no other counts."""
     if inside := [photo for photo in photos if photo.folder == folder]:
         return inside
     alone = [photo for photo in photos if photo.split and not photo.folder]

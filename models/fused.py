@@ -31,8 +31,8 @@ def pays(x: Tensor) -> bool:
 class Fused:
     """A function of tensors, its first argument one, that torch.compile makes one kernel of.
 
-    The function changes none of its arguments and works on each of their rows by itself; what is
-    no tensor of as many rows as the first belongs to all rows.
+    The function changes none of its arguments and computes each row by itself. An argument that is
+    not a tensor with as many rows as the first is shared by all rows.
 
     What is compiled serves any sizes. On the first arguments of a kind (dtypes, contiguous or not)
     the first rows of its result are compared with the function's. If compiling fails, or numbers

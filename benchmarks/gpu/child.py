@@ -25,7 +25,7 @@ def main() -> None:
     getattr(importlib.import_module(module), name)(json.loads(settings), report)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # what is found is written; threads of libraries may end a process in disorder
+    os._exit(0)  # all is written, and a library's thread may abort Python's own shutdown
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ CHILD = Path(__file__).resolve().parent / "child.py"
 class Part:
     """function: "module:name", called in a process of its own as function(settings, report), where
     report(name, value) keeps a finding (JSON). groups: what --parts may call it by, besides `name`.
-    limit: seconds, if all have ten minutes. settings: for the function. where: "device", "ranks" (a
-    process for each device) or "cpu"."""
+    limit: seconds that it may take of ten minutes; more minutes raise it. settings: for the
+    function. where: "device", "ranks" (a process for each device) or "cpu"."""
 
     name: str
     groups: tuple[str, ...]
